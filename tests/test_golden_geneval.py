@@ -1,0 +1,112 @@
+"""GenEval's rules against the official scripts' stored inputs and outputs, in every golden folder of that format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import golden_files
+
+from unigrpo.evaluation.geneval import (
+    OFFICIAL,
+    Options,
+    compute_iou,
+    flow_grpo_reward,
+    keep,
+    relative_position,
+    summarize,
+    verdict,
+)
+from unigrpo.types import PromptRecord
+
+
+class Labelled(NamedTuple):
+    """A detection whose colour is already labelled."""
+
+    label: str
+    box: tuple[float, ...]
+    score: float
+    color: str | None
+
+
+@pytest.fixture(scope="module")
+def golden(pytestconfig: pytest.Config) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in golden_files(pytestconfig, "geneval.json")]
+
+
+def record_of(metadata: dict[str, Any]) -> PromptRecord:
+    return PromptRecord(id="", tag=metadata["tag"], prompt=metadata["prompt"], include=tuple(metadata["include"]),
+                        exclude=tuple(metadata.get("exclude", ())))
+
+
+def detections_of(classes: dict[str, list[dict[str, Any]]]) -> list[Labelled]:
+    return [Labelled(label, tuple(item["box"]), item["score"], item["color"])
+            for label, items in classes.items() for item in items]
+
+
+def test_verdicts(golden: list[dict[str, Any]]) -> None:
+    for case in (case for file in golden for case in file["cases"]):
+        options, record, expected = Options(**case["options"]), record_of(case["metadata"]), case["expected"]
+        objects = keep(detections_of(case["detections"]), record.tag, options)
+        kept = {label: [[*item.box, item.score] for item in items] for label, items in objects.items()}
+        assert kept == expected["kept"], case["id"]
+        result = verdict(record, objects, options)
+        assert result.correct is expected["correct"], case["id"]
+        assert result.reason in expected.get("reason_variants", [expected["reason"]]), case["id"]
+
+
+def test_flow_grpo_rewards(golden: list[dict[str, Any]]) -> None:
+    wrong_positions = 0
+    for case in (case for file in golden for case in file["cases"] if "flow_grpo" in case):
+        record, expected = record_of(case["metadata"]), case["flow_grpo"]
+        objects = keep(detections_of(case["detections"]), record.tag)
+        reward = flow_grpo_reward(record, objects, official_position_bug=True)
+        assert reward.score == pytest.approx(expected["score"], abs=1e-7), case["id"]
+        assert (reward.strict, reward.correct) == (expected["strict"], expected["correct"]), case["id"]
+        fixed = flow_grpo_reward(record, objects)
+        assert fixed.score <= reward.score, case["id"]
+        assert (fixed.strict, fixed.correct) == (reward.strict, reward.correct), case["id"]
+        wrong_positions += fixed.score < reward.score
+    assert wrong_positions > 0, "the golden cases hold wrong positions, where the fix must differ"
+
+
+def test_aggregate(golden: list[dict[str, Any]]) -> None:
+    for aggregate in (file["aggregate"] for file in golden):
+        verdicts = []
+        for image in aggregate["images"]:
+            record = record_of(image["metadata"])
+            result = verdict(record, keep(detections_of(image["detections"]), record.tag))
+            assert result == (image["expected"]["correct"], image["expected"]["reason"])
+            verdicts.append((record.tag, json.dumps(image["metadata"]), result.correct))
+        summary, expected = summarize(verdicts), aggregate["expected_summary"]
+        # The official order of the tasks is that of os.listdir, and no part of the contract.
+        assert sorted(summary.lines()) == sorted(expected["stdout_lines"])
+        assert [line for line in summary.lines() if "(" not in line] == [
+            line for line in expected["stdout_lines"] if "(" not in line]
+        assert summary.overall == pytest.approx(expected["overall"], abs=5e-6)
+        assert (summary.images, summary.prompts) == (expected["total_images"], expected["total_prompts"])
+        assert {tag: (score.correct, score.total) for tag, score in summary.tasks.items()} == {
+            tag: (task["correct"], task["total"]) for tag, task in expected["tasks"].items()}
+
+
+def test_relative_position(golden: list[dict[str, Any]]) -> None:
+    for case in (case for file in golden for case in file["relative_position"]):
+        relations = relative_position(case["box_a"], case["box_b"], case["position_threshold"])
+        assert sorted(relations) == case["expected"], case
+
+
+def test_compute_iou(golden: list[dict[str, Any]]) -> None:
+    for case in (case for file in golden for case in file["compute_iou"]):
+        assert compute_iou(case["box_a"], case["box_b"]) == pytest.approx(case["expected"], abs=1e-7), case
+
+
+def test_the_boundary_cases_need_float32(golden: list[dict[str, Any]]) -> None:
+    """float32(0.3) exceeds 0.3 in float64: the golden cases tell the two comparisons apart."""
+    told_apart = 0
+    for case in (case for file in golden for case in file["cases"] if not case["options"]):
+        threshold = OFFICIAL.score_threshold(case["metadata"]["tag"])
+        scores = [item["score"] for items in case["detections"].values() for item in items]
+        told_apart += sum((score > threshold) != (np.float32(score) > np.float32(threshold)) for score in scores)
+    assert told_apart > 0

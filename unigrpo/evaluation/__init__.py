@@ -1,0 +1,1 @@
+"""Scoring of images: benchmark rules on detections, outcome tables, and the statistics that compare checkpoints."""
