@@ -1,0 +1,1 @@
+"""Procedural worlds: prompts, scenes, pictures and an exact verifier, without any downloaded data."""
