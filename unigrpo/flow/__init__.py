@@ -1,0 +1,1 @@
+"""Flow matching: the noise schedule, the stochastic transition and guidance. Pure functions."""
