@@ -1,0 +1,152 @@
+"""Checkpoints: a folder with config.json, model.safetensors under official keys and the tokenizer's files. No pickle.
+
+Training state lies beside it while a stage runs: optimizer.safetensors and state.json. Writing is atomic: a folder is
+complete and has its final name, or is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from unigrpo.models.mot import MoTConfig, MoTModel
+
+METADATA = {"format": "pt"}  # one key at most: with several, safetensors' bytes depend on the process
+
+
+def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", metadata=METADATA)
+    tokenizer.save_pretrained(folder)
+
+
+def load_checkpoint(folder: Path) -> tuple[MoTModel, PreTrainedTokenizerBase]:
+    """Read a checkpoint folder; the model is built on the meta device and its tensors are assigned.
+
+    Raises: ValueError naming a missing file, and every missing, extra or misshapen tensor.
+    """
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"a checkpoint folder must hold {name}, and {folder} does not; rerun the stage that makes it")
+    config = MoTConfig(**{k: v for k, v in json.loads((folder / "config.json").read_text()).items()
+                          if k not in ("model_type", "transformers_version", "architectures", "dtype",
+                                       "tie_word_embeddings")})
+    with torch.device("meta"):
+        model = MoTModel(config)
+    model.load_state_dict(read_tensors(folder / "model.safetensors", {k: tuple(v.shape) for k, v in model.state_dict().items()}),
+                          assign=True)
+    model.latent_pos_embed.requires_grad_(False)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, which must be exactly those of `shapes`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} must be a readable safetensors file: {error}; rerun the stage that makes it") from error
+    problems = [f"missing tensor {name} {shape}" for name, shape in shapes.items() if name not in found]
+    problems += [f"extra tensor {name} {shape}" for name, shape in found.items() if name not in shapes]
+    problems += [f"tensor {name} must have shape {shape}, got {found[name]}" for name, shape in shapes.items()
+                 if name in found and found[name] != shape]
+    if problems:
+        more = f"\n- and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ValueError(f"{path} does not fit its config.json:\n- " + "\n- ".join(problems[:10]) + more)
+    return load_file(path)
+
+
+def weights_digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 over names and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All state of the optimizers, flat: `<optimizer>.<parameter>.<name>`."""
+    out = {}
+    for i, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"optimizer state {name} must be a tensor, got {type(value).__name__}")
+                out[f"{i}.{index}.{name}"] = value
+    return out
+
+
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; parameter groups keep the values of today's config."""
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            owner, index, name = key.split(".", 2)
+            if int(owner) == i:
+                state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_training_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+                        state: dict[str, Any], extra: dict[str, Tensor] | None = None) -> None:
+    """Write everything a stage needs to go on after `step` steps; the previous state is replaced only when this one is whole.
+
+    Args:
+        folder: the stage's resume folder. state: JSON of anything else (curves so far, counters).
+        extra: further tensors (the reference's weights).
+    """
+    partial, final, old = folder / "state.partial", folder / "state", folder / "state.old"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = {"model": dict(model.state_dict()), "optimizer": optimizer_tensors(optimizers), "extra": extra or {}}
+    digests = {}
+    for name, tensors in files.items():
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial / f"{name}.safetensors", metadata=METADATA)
+        digests[name] = file_digest(partial / f"{name}.safetensors")
+    (partial / "state.json").write_text(json.dumps({"step": step, "sha256": digests, **state}))
+    for path in partial.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_training_state(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """The newest whole state of a resume folder: state.json and the tensors of model, optimizer and extra; None if none.
+
+    A state whose digests do not match is refused by name and the previous one is used, if there is one.
+    """
+    for name in ("state", "state.old"):
+        path = folder / name
+        if not (path / "state.json").is_file():
+            continue
+        state = json.loads((path / "state.json").read_text())
+        damaged = [n for n, digest in state["sha256"].items() if file_digest(path / f"{n}.safetensors") != digest]
+        if damaged:
+            print(f"{path} is damaged ({damaged}); not used", flush=True)
+            continue
+        return state, {n: load_file(path / f"{n}.safetensors") for n in state["sha256"]}
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

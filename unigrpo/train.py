@@ -1,0 +1,108 @@
+"""UniGRPO's training loop (arXiv:2603.23500): think, draw, reward, credit, update.
+
+The trainer is handed a policy, a reward and callables that log and save; it imports neither models nor worlds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from unigrpo.config import Config
+from unigrpo.credit import assign_credit
+from unigrpo.mismatch import check_rollouts, mismatch_metrics
+from unigrpo.policy import Draw, UnifiedPolicy
+from unigrpo.types import PromptRecord, Reward, Rollouts
+from unigrpo.update import anchor, minibatches, objective, optimizer_step, schedule_factor, update_rows
+
+RewardFunction = Callable[[Rollouts], Sequence[Reward]]
+
+
+def prompt_batch(prompts: Sequence[PromptRecord], step: int, size: int, draw: Draw) -> list[PromptRecord]:
+    """The prompts of a training step: epochs of keyed permutations, so the step alone is the data cursor."""
+    chosen = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, len(prompts))
+        chosen.append(prompts[int(draw("order", epoch).permutation(len(prompts))[place])])
+    return chosen
+
+
+def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Sequence[PromptRecord],
+          reward_fn: RewardFunction, config: Config, *, draw: Draw, log: Callable[[int, dict[str, float], Rollouts], None],
+          save: Callable[[int], None], start_step: int = 0) -> None:
+    """Optimise the policy for config.train.num_steps rollouts.
+
+    Args:
+        policy, optimizer: the policy's trained parameters are the optimizer's, one group an expert.
+        reward_fn: B rollouts -> reward records, NaN where missing.
+        draw: draw(purpose, *key) -> generator, the run's seed bound.
+        log: called after every step with its metrics and rollouts. save: called after every step, decides itself.
+        start_step: where a resumed run goes on.
+    Raises: MismatchError before the first update; ValueError on too many missing rewards or skipped updates.
+    """
+    updates, skipped = config.train.updates_per_rollout, 0
+    for step in range(start_step, config.train.num_steps):
+        rollouts = policy.generate(prompt_batch(prompts, step, config.rollout.prompts_per_step, draw),
+                                   group_size=config.rollout.group_size, sampling=config.rollout,
+                                   generators=partial(draw_at, draw, step))               # thinking, then images
+        rewards = reward_fn(rollouts)                                                     # records; NaN where missing
+        advantages, metrics = assign_credit(rewards, rollouts.segments, group_size=config.rollout.group_size,
+                                            weights=config.reward.weights, **config.credit.model_dump())
+        if metrics["reward/missing"] > config.reward.max_missing:
+            raise ValueError(f"{metrics['reward/missing']:.0%} of the rewards of step {step} are missing, more than "
+                             f"reward.max_missing={config.reward.max_missing:.0%}: look at the reward's own log")
+        rows = update_rows(rollouts, updates, draw("updates", step))
+        monitored = step % config.train.monitor_every == 0 or config.objective.image.regularizer != "none"
+        rollouts = anchor(policy, rollouts, rows, config, reference=monitored or config.objective.text.kl_weight > 0)
+        metrics |= mismatch_metrics(rollouts, config)
+        if step == start_step:
+            check_rollouts(rollouts, config, policy)
+        for update, minibatch in enumerate(minibatches(rollouts, advantages, config, rows)):   # one optimizer step each
+            factor = schedule_factor(step * updates + update, config.train.num_steps * updates, config.optim)
+            decay = factor if config.objective.image.regularizer_decay else 1.0
+            sums: dict[str, float] = {}
+            for batch in minibatch.micro_batches():                                       # carries its slice of the weights
+                replay = policy.replay(batch.rollouts)                                    # one packed forward
+                loss, parts = objective(replay, batch, config, decay=decay,
+                                        measure_gradients=step % config.train.monitor_every == 0)
+                loss.backward()
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            assert update > 0 or sums["text/ratio_variation"] + sums["image/ratio_variation"] < 1e-12, "ratio is not 1"
+            stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip)
+            skipped += int(stats["optim/skipped"])
+            metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
+            if skipped > config.train.max_skipped:
+                raise ValueError(f"{skipped} updates had gradients that are not finite, the last at step {step}; lower "
+                                 "optim.*_lr in params, or resume from the last checkpoint")
+        log(step, metrics | describe(rollouts, config), rollouts)
+        save(step)
+
+
+def draw_at(draw: Draw, step: int, purpose: str, *key: str | int):
+    """The generator of a purpose at a step."""
+    return draw(purpose, step, *key)
+
+
+def finish(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over micro-batches to what is logged: roots of mean squares, and the penalty's share of the gradient."""
+    out = {name: math.sqrt(value) if "rms" in name else value for name, value in sums.items() if "squared" not in name}
+    if "image/policy_gradient_squared" in sums:
+        policy, penalty = (math.sqrt(sums[f"image/{part}_gradient_squared"]) for part in ("policy", "penalty"))
+        out["image/penalty_gradient_ratio"] = penalty / max(policy, 1e-30)
+    return out
+
+
+def describe(rollouts: Rollouts, config: Config) -> dict[str, float]:
+    """Statistics of the sampled thinking and counted work."""
+    lengths = rollouts.text.lengths
+    limit = config.rollout.max_thinking_tokens
+    last = rollouts.text.tokens.gather(1, (lengths - 1)[:, None])[:, 0]
+    stopped = last == last.new_tensor(rollouts.stop_token)
+    return {"thinking/length": lengths.float().mean().item(), "thinking/length_max": float(lengths.max()),
+            "thinking/truncated": ((lengths == limit) & ~stopped).float().mean().item(),
+            "thinking/rollout_entropy": (rollouts.text.entropy.sum() / lengths.sum()).item(),
+            **{f"cost/{name}": float(value) for name, value in rollouts.cost.items()}}

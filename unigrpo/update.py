@@ -1,0 +1,230 @@
+"""One optimizer step of UniGRPO: which rollouts it takes, what they are compared with, and the loss.
+
+Every normaliser is global over the optimizer step, so gradients summed over micro-batches equal one large batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unigrpo.config import Config, ObjectiveConfig, OptimConfig
+from unigrpo.flow.sde import Transition, transition
+from unigrpo.objectives import clipped_surrogate_loss, k3_kl, latent_kl, projected_log_ratio, velocity_mse
+from unigrpo.policy import UnifiedPolicy
+from unigrpo.text import sequence_weights
+from unigrpo.types import FlowSegment, Replay, Rollouts
+
+CLIP_ELEMENTS = 65_536  # latent elements at which params state the image clip; it scales with sqrt(CLIP_ELEMENTS / D)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: rollouts, their advantages per segment, and their slice of the optimizer step's weights."""
+
+    rollouts: Rollouts
+    advantages: tuple[Tensor, ...]
+    text_weights: Tensor
+    image_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rollouts of one optimizer step: whole prompt groups."""
+
+    rows: Tensor
+    rollouts: Rollouts
+    advantages: tuple[Tensor, ...]
+    micro_batch: int
+    aggregation: str
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """Consecutive micro-batches, each with its slice of the weights."""
+        text = self.rollouts.text.mask[self.rows]
+        text_weights = sequence_weights(text, self.aggregation)  # type: ignore[arg-type]
+        window = self.rollouts.image.mask.shape[1]
+        for chunk in torch.arange(len(self.rows)).split(self.micro_batch):
+            rows = self.rows[chunk]
+            yield Batch(self.rollouts.select(rows), tuple(a[rows] for a in self.advantages), text_weights[chunk],
+                        torch.full((len(rows), window), 1.0 / (len(self.rows) * window), dtype=torch.float64))
+
+
+def update_rows(rollouts: Rollouts, updates: int, rng: np.random.Generator) -> list[Tensor]:
+    """Row indices of each update: disjoint sets of whole prompt groups, in a keyed random order."""
+    groups = np.asarray(rng.permutation(len(rollouts) // rollouts.group_size))
+    rows = torch.arange(len(rollouts)).view(-1, rollouts.group_size)
+    return [rows[torch.from_numpy(part)].flatten() for part in np.split(groups, updates)]
+
+
+def minibatches(rollouts: Rollouts, advantages: Sequence[Tensor], config: Config,
+                rows: Sequence[Tensor]) -> Iterator[Minibatch]:
+    """One minibatch for each optimizer step."""
+    for part in rows:
+        yield Minibatch(part, rollouts, tuple(advantages), config.train.micro_batch, config.objective.text.aggregation)
+
+
+def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
+    """The window's transitions under given velocities: mean (B, W, N, C), std and log_prob (B, W) or what broadcasts."""
+    sigma, sigma_next = (image.sigmas[image.steps + k][:, None, None] for k in (0, 1))
+    return transition(image.latents, velocities, sigma, sigma_next, sigma_max=image.sigmas[1],
+                      noise_level=config.rollout.noise_level, kind=config.rollout.transition,
+                      next_latents=image.next_latents)
+
+
+def anchor(policy: UnifiedPolicy, rollouts: Rollouts, rows: Sequence[Tensor], config: Config, *,
+           reference: bool) -> Rollouts:
+    """Old log-probs and means of every rollout at the weights that sampled, and the reference's velocities.
+
+    Replayed in the micro-batches the updates will use, gradient enabled and then detached: same packing, kernels and
+    mode, so the first update's ratio is exactly 1. Frozen once, before the first of the updates.
+
+    Args:
+        rows: of each update. reference: whether the reference's velocities are wanted.
+    """
+    text, image = rollouts.text, rollouts.image
+    old_text, old_image = torch.zeros_like(text.rollout_log_probs), torch.zeros_like(image.rollout_log_probs)
+    old_means = torch.zeros_like(image.latents)
+    ref_text = torch.zeros_like(old_text) if reference else None
+    ref_velocities = torch.zeros_like(image.latents) if reference else None
+    for chunk in (c for part in rows for c in part.split(config.train.micro_batch)):
+        batch = rollouts.select(chunk)
+        with torch.enable_grad():
+            replay = policy.replay(batch)
+        move = score(batch.image, replay.velocities.detach(), config)
+        old_text[chunk], old_image[chunk] = replay.text_log_probs.detach(), move.log_prob
+        old_means[chunk] = move.mean
+        if ref_velocities is not None and ref_text is not None:
+            with policy.reference(), torch.no_grad():
+                replay = policy.replay(batch)
+            ref_velocities[chunk], ref_text[chunk] = replay.velocities, replay.text_log_probs
+    return rollouts.with_segments([
+        replace(text, old_log_probs=old_text, ref_log_probs=ref_text),
+        replace(image, old_log_probs=old_image, old_means=old_means, ref_velocities=ref_velocities)])
+
+
+def image_clip(clip: float, image: FlowSegment) -> float:
+    """The clip of params, stated at 65,536 latent elements, at this image's number of elements."""
+    return clip * math.sqrt(CLIP_ELEMENTS / image.latents[0, 0].numel())
+
+
+def penalties(image: FlowSegment, move: Transition, velocities: Tensor, config: Config) -> dict[str, Tensor]:
+    """(B, W) distances from the reference, all of them: one may be optimised, every one is measured."""
+    assert image.ref_velocities is not None
+    ref = score(image, image.ref_velocities, config)
+    return {"velocity_mse": velocity_mse(velocities, image.ref_velocities),
+            "latent_kl": latent_kl(move.mean, ref.mean, std=move.std.expand(velocities.shape[:2])),
+            "latent_kl_published": latent_kl(move.mean, ref.mean, std=move.std.expand(velocities.shape[:2]), true=False,
+                                             diffusion_coef=move.diffusion_coef.expand(velocities.shape[:2]))}
+
+
+def objective(replay: Replay, batch: Batch, config: Config, *, decay: float = 1.0,
+              measure_gradients: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss = text.weight * L_text + image.weight * L_image + regularizer_weight * penalty; metrics that add up.
+
+    Args:
+        replay: of batch.rollouts, with gradient.
+        decay: factor of the regulariser's weight at this step.
+        measure_gradients: also compare the penalty's gradient with the policy's, at the velocities.
+    Source: UniGRPO arXiv:2603.23500 (joint objective); GRPO-Guard arXiv:2510.22319 (RatioNorm).
+    """
+    settings: ObjectiveConfig = config.objective
+    text, image = batch.rollouts.text, batch.rollouts.image
+    assert text.old_log_probs is not None and image.old_log_probs is not None and image.old_means is not None
+    text_loss, text_metrics = clipped_surrogate_loss(
+        replay.text_log_probs, text.old_log_probs, batch.advantages[0], batch.text_weights,
+        clip_low=settings.text.clip_low, clip_high=settings.text.clip_high)
+    metrics = {f"text/{name}": value for name, value in text_metrics.items()}
+    metrics["text/entropy"] = (replay.text_entropy * batch.text_weights).sum()
+    metrics["text/loss"] = text_loss.detach()
+    loss = settings.text.weight * text_loss
+    if text.ref_log_probs is not None:
+        kl = (k3_kl(replay.text_log_probs, text.ref_log_probs) * batch.text_weights).sum()
+        metrics["text/kl"] = kl.detach()
+        loss = loss + settings.text.kl_weight * kl
+
+    move = score(image, replay.velocities, config)
+    if settings.image.ratio_norm:
+        log_ratio = projected_log_ratio(move.mean, image.old_means, image.next_latents, move.std.expand(move.log_prob.shape))
+    else:
+        log_ratio = move.log_prob - image.old_log_probs
+    # A ratio of 1 +- 1e-6 needs more digits than float32 has.
+    image_loss, image_metrics = clipped_surrogate_loss(
+        log_ratio.double(), torch.zeros_like(log_ratio, dtype=torch.float64), batch.advantages[1].double(),
+        batch.image_weights, clip_low=image_clip(settings.image.clip_low, image),
+        clip_high=image_clip(settings.image.clip_high, image))
+    metrics |= {f"image/{name}": value for name, value in image_metrics.items()}
+    metrics["image/loss"] = image_loss.detach()
+    with torch.no_grad():
+        clip = image_clip(settings.image.clip_high, image)
+        for i, step in enumerate(image.steps.tolist()):
+            share = batch.image_weights[:, i] * log_ratio.shape[1]
+            metrics[f"image/log_ratio_rms/step_{step}"] = (log_ratio[:, i].double().square() * share).sum()
+            metrics[f"image/clip_fraction/step_{step}"] = ((log_ratio[:, i].abs() > clip) * share).sum()
+    loss = loss + settings.image.weight * image_loss
+
+    if image.ref_velocities is not None:
+        distances = penalties(image, move, replay.velocities, config)
+        means = {name: (value * batch.image_weights).sum() for name, value in distances.items()}
+        metrics |= {f"image/{name}": value.detach() for name, value in means.items()}
+        if settings.image.regularizer != "none":
+            penalty = decay * settings.image.regularizer_weight * means[settings.image.regularizer]
+            if measure_gradients and replay.velocities.requires_grad:
+                policy_part, = torch.autograd.grad(settings.image.weight * image_loss, replay.velocities, retain_graph=True)
+                penalty_part, = torch.autograd.grad(penalty, replay.velocities, retain_graph=True)
+                metrics["image/policy_gradient_squared"] = policy_part.double().square().sum()
+                metrics["image/penalty_gradient_squared"] = penalty_part.double().square().sum()
+            loss = loss + penalty
+    return loss, metrics
+
+
+EXPERTS = {"generation": "_moe_gen", "understanding": ""}
+
+
+def expert_parameters(model: nn.Module, expert: str) -> dict[str, nn.Parameter]:
+    """The layers' parameters of one expert set. Embeddings, head, final norms, time embedder, projections are no expert's."""
+    return {name: p for name, p in model.named_parameters()
+            if ".layers." in name and ("_moe_gen" in name) == (expert == "generation")}
+
+
+def trainable_experts(model: nn.Module, experts: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
+    """Set requires_grad: the chosen experts train, everything else is frozen. Returns expert -> its parameters."""
+    model.requires_grad_(False)
+    chosen = {expert: expert_parameters(model, expert) for expert in experts}
+    for parameters in chosen.values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    return chosen
+
+
+def rl_optimizer(experts: dict[str, dict[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with one group, and one learning rate, an expert."""
+    rates = {"understanding": config.understanding_lr, "generation": config.generation_lr}
+    return torch.optim.AdamW([{"params": list(parameters.values()), "lr": rates[name], "name": name, "peak_lr": rates[name]}
+                              for name, parameters in experts.items()],
+                             betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def schedule_factor(update: int, total: int, config: OptimConfig) -> float:
+    """Learning-rate factor of an update (0-based): linear warm-up, then constant or linear decay to 0."""
+    factor = min(1.0, (update + 1) / (config.warmup + 1))
+    if config.decay == "linear":
+        factor *= max(0.0, 1.0 - max(0, update - config.warmup) / max(1, total - config.warmup))
+    return factor
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float) -> dict[str, float]:
+    """Clip per expert, step unless a gradient is not finite. Returns gradient norms, and `skipped` 0 or 1."""
+    norms = {}
+    for group in optimizer.param_groups:
+        norms[f"{group['name']}/grad_norm"] = float(nn.utils.clip_grad_norm_(group["params"], max_norm))
+        group["lr"] = group["peak_lr"] * factor
+    skipped = not all(math.isfinite(v) for v in norms.values())
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**norms, "optim/skipped": float(skipped), "optim/lr_factor": factor}
