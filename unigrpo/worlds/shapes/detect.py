@@ -21,8 +21,10 @@ from unigrpo.worlds.shapes.scene import BACKGROUND, COLORS, IMAGE_SIZE, PALETTE,
 UNKNOWN = "unknown"
 SOLID = 0.5  # share of a palette colour from which a pixel belongs to a component
 MIN_AREA = 4  # px; smaller specks are left to the search for faint things
-MAX_SHAPE_RESIDUAL = 0.11  # share of a window's energy that the nearest template leaves unexplained, in one colour
-MAX_RESIDUAL = 0.16  # the same over the three channels: two-coloured or blotchy components exceed it
+MAX_SHAPE_RESIDUAL = 0.10  # share of a window's energy that the nearest template leaves unexplained, in one colour
+MAX_RESIDUAL = 0.14  # the same over the three channels: two-coloured or blotchy components exceed it
+MAX_LOCAL_RESIDUAL = 0.26  # RGB distance of a 3x3 mean from template times colour: a missing corner, a sliver of another colour
+MIN_MASS = 0.76  # relative to a shape of nominal size: a triangle without its base is a triangle again
 MIN_MARGIN = 0.02  # by which the next shape must be worse
 MAX_COLOR_DISTANCE = 0.20  # RGB distance to the palette; palette colours are at least 0.39 apart
 MIN_COLOR_MARGIN = 0.10  # by which the next colour must be further
@@ -89,6 +91,13 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     y = np.broadcast_to(grid[None, :, None] - dy + shape_y, full)
     flat = np.rint(LEVELS * coverage(s, x, y, scale)).reshape(len(combos), -1)
     return flat.astype(np.float32), (flat ** 2).sum(1)
+
+
+@cache
+def _nominal_mass() -> np.ndarray:
+    """(4,) sum of each shape's template of size 1."""
+    templates = _templates()[0].reshape(len(SHAPES), len(_SCALES), -1, (2 * HALF + 1) ** 2)
+    return templates[:, _SCALES.index(1.0)].sum(2).mean(1).astype(np.float64)
 
 
 def _dilate(labels: np.ndarray) -> np.ndarray:
@@ -165,10 +174,10 @@ def detect_arrays(images: np.ndarray) -> Components:
     window_labels, window_covered = np.pad(labels, pad)[at], np.pad(covered, pad)[at]
     inside = window_labels == mine
     allowed = inside | ((window_labels == 0) & ((window_covered == mine) | (window_covered == 0)))
-    window = (np.pad(deviation, (*pad, (0, 0)))[at] * allowed[..., None]).reshape(count, -1, 3)  # (M, 169, 3)
+    window = (np.pad(deviation, (*pad, (0, 0)))[at] * allowed[..., None]).reshape(count, len(span) ** 2, 3)  # (M, 169, 3)
 
     # The nearest template, in the palette direction nearest to the component's own colour.
-    total = np.einsum("mpc,mp->mc", window, inside.reshape(count, -1).astype(np.float32)).astype(np.float64)
+    total = np.einsum("mpc,mp->mc", window, inside.reshape(count, len(span) ** 2).astype(np.float32)).astype(np.float64)
     axis = (total @ _AXES.T.astype(np.float64) / _NORMS).argmax(1)
     along = np.einsum("mpc,mc->mp", window, _AXES[axis]).astype(np.float64) / (_NORMS[axis] ** 2)[:, None]
     alpha = np.rint(LEVELS * along.clip(-0.5, 1.5)).astype(np.float32)
@@ -176,7 +185,7 @@ def detect_arrays(images: np.ndarray) -> Components:
     energy_window = np.maximum(np.einsum("mp,mp->m", alpha, alpha).astype(np.float64), 1.0)
     product = np.maximum((alpha @ templates.T).astype(np.float64), 0.0)  # (M, 4 K)
     residuals = 1.0 - product ** 2 / (energy_window[:, None] * energy)
-    per_shape = residuals.reshape(count, len(SHAPES), -1).min(2)
+    per_shape = residuals.reshape(count, len(SHAPES), len(templates) // len(SHAPES)).min(2)
     ranked = np.sort(per_shape, axis=1)
     shape = per_shape.argmin(1)
     template = templates[residuals.argmin(1)]  # (M, 169)
@@ -190,9 +199,14 @@ def detect_arrays(images: np.ndarray) -> Components:
     color = distance.argmin(1)
     energy_total = np.maximum(np.einsum("mpc,mpc->m", window.astype(np.float64), window), 1.0)
     unexplained = 1.0 - (color_sum ** 2).sum(1) / (weight * energy_total)
-    outside = 1.0 - inside.reshape(count, -1).sum(1) / area  # of a component larger than its window
+    residual = (window - (fitted[:, None] * (template / LEVELS)[..., None])).reshape(count, len(span), len(span), 3)
+    rows = residual[:, :-2] + residual[:, 1:-1] + residual[:, 2:]
+    local = ((rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) ** 2).sum(3)
+    mass = alpha.astype(np.float64).sum(1) / _nominal_mass()[shape]
+    outside = 1.0 - inside.reshape(count, len(span) ** 2).sum(1) / area  # of a component larger than its window
     shape_ok = ((ranked[:, 0] < MAX_SHAPE_RESIDUAL) & (ranked[:, 1] - ranked[:, 0] > MIN_MARGIN)
-                & (unexplained < MAX_RESIDUAL) & (outside == 0))
+                & (unexplained < MAX_RESIDUAL) & (local.reshape(count, (len(span) - 2) ** 2).max(1) < (9 * 255 * MAX_LOCAL_RESIDUAL) ** 2)
+                & (mass > MIN_MASS) & (outside == 0))
     color_ok = (nearest[:, 0] < MAX_COLOR_DISTANCE) & (nearest[:, 1] - nearest[:, 0] > MIN_COLOR_MARGIN)
 
     return _ordered(
