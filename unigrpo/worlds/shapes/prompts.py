@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from unigrpo.prompts.records import record_id
 from unigrpo.types import PromptRecord
-from unigrpo.worlds.shapes.reasoning import (ATTRIBUTES, KINDS, MIXTURES, NUMBERS, ORDINALS, SIDES, WORLD, Inference, infer)
+from unigrpo.worlds.shapes.reasoning import ATTRIBUTES, KINDS, MIXTURES, NUMBERS, ORDINALS, SIDES, WORLD, Inference, infer
 from unigrpo.worlds.shapes.scene import CELLS, COLORS, PLURALS, RELATIONS, SHAPES, Scene, relation_holds
-from unigrpo.worlds.shapes.specification import Clause, Specification, category, draw, include_clauses, specification, with_attribute
+from unigrpo.worlds.shapes.specification import (
+    Clause,
+    Specification,
+    category,
+    draw,
+    include_clauses,
+    specification,
+    with_attribute,
+)
 from unigrpo.worlds.shapes.thinking import OPENERS as PLAN_OPENERS
-from unigrpo.worlds.shapes.thinking import article
+from unigrpo.worlds.shapes.thinking import article, plan_text
 
 TAGS: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OPENERS: tuple[str, ...] = ("", "a photo of ", "a picture of ", "draw ", "show ")
@@ -187,21 +195,38 @@ def sample_scene(record: PromptRecord, rng: np.random.Generator) -> Scene:
     return draw(specification(record), rng)
 
 
-def caption_text(scene: Scene, rng: np.random.Generator) -> str:
-    """A literal caption of a scene, in the words of plain prompts: everything said, or groups counted, or two objects related."""
-    opener = OPENERS[int(rng.integers(len(OPENERS)))]
+def _caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Specification]:
+    """One caption of a scene and what it specifies: everything said, or groups counted, or two objects related."""
     style = int(rng.integers(3))
-    if style == 0:  # with places
-        return opener + " and ".join(f"{article(item.color)} {item.shape} in the {item.cell}" for item in scene)
     groups: dict[tuple[str, str], int] = {}
     for item in scene:
         groups[item.color, item.shape] = groups.get((item.color, item.shape), 0) + 1
     clauses = tuple(Clause(shape, count, color) for (color, shape), count in groups.items())
-    if style == 1 and len(scene) == len(clauses) == 2:
-        holds = [name for name in RELATIONS if relation_holds(name, scene[0].cell, scene[1].cell)]
-        if holds:
-            return opener + prompt_text(Specification(clauses, (holds[int(rng.integers(len(holds)))], 0, 1)))
-    return opener + prompt_text(Specification(clauses))
+    if style == 0:  # with places
+        full = Specification(tuple(Clause(item.shape, 1, item.color, item.cell) for item in scene))
+        return " and ".join(noun_phrase(clause) for clause in full.clauses), full
+    holds = [name for name in RELATIONS if len(scene) == 2 and relation_holds(name, scene[0].cell, scene[1].cell)]
+    if style == 1 and len(clauses) == 2 and holds:
+        related = Specification(clauses, (holds[int(rng.integers(len(holds)))], 0, 1))
+        return prompt_text(related), related
+    return prompt_text(Specification(clauses)), Specification(clauses)
+
+
+def caption_text(scene: Scene, rng: np.random.Generator, reserved: Collection[str] = frozenset()) -> str:
+    """A literal caption of a scene in the words of plain prompts, for pretraining.
+
+    Args:
+        scene: what is to be described.
+        rng: draws the phrasing.
+        reserved: keys of specifications (`Specification.key`) that must not be told, those of the evaluation prompts: such a
+            scene gets another caption, or at last an explicit plan.
+    """
+    opener = OPENERS[int(rng.integers(len(OPENERS)))]
+    for _ in range(8):
+        text, spec = _caption(scene, rng)
+        if spec.key() not in reserved:
+            return opener + text
+    return plan_text(scene, rng)
 
 
 def vocabulary() -> list[str]:

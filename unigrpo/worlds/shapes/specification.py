@@ -1,12 +1,12 @@
 """What a prompt asks for, freed from its words: clauses of distinct shapes, at most one relation.
 
-Two prompts with the same specification are paraphrases of each other; splits are disjoint in specifications (see prompts.curate).
+Two prompts with the same specification are paraphrases of each other; splits are disjoint in specifications (prompts/curate.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, permutations, product
 from typing import Any
@@ -84,24 +84,30 @@ def include_clauses(spec: Specification, inferred: dict[int, dict[str, Any]] | N
     return tuple(include)
 
 
+def read_include(include: Iterable[dict[str, Any]]) -> Specification:
+    """The specification of include clauses, whatever their classes are called; the last position clause counts."""
+    clauses, relation = [], None
+    for index, entry in enumerate(include):
+        clauses.append(Clause(entry["class"], int(entry["count"]), entry.get("color"), entry.get("cell")))
+        if "position" in entry:
+            relation = (entry["position"][0], index, int(entry["position"][1]))
+    return Specification(tuple(clauses), relation)
+
+
 def specification(record: PromptRecord) -> Specification:
     """The specification of a record of this world.
 
     Raises: ValueError if a clause names an unknown shape, colour, cell or relation.
     """
-    clauses, relation = [], None
-    for index, entry in enumerate(record.include):
-        for name, value, choices in (("class", entry["class"], SHAPES), ("color", entry.get("color"), COLORS),
-                                     ("cell", entry.get("cell"), CELLS)):
-            if value is not None and value not in choices:
-                raise ValueError(f"prompt {record.id} ({record.prompt!r}): {name} must be one of {choices}, got {value!r}")
-        clauses.append(Clause(entry["class"], int(entry["count"]), entry.get("color"), entry.get("cell")))
-        if "position" in entry:
-            name, target = entry["position"]
-            if name not in RELATIONS:
-                raise ValueError(f"prompt {record.id} ({record.prompt!r}): a position must be one of {RELATIONS}, got {name!r}")
-            relation = (name, index, int(target))
-    return Specification(tuple(clauses), relation)
+    spec = read_include(record.include)
+    named = [("class", c.shape, SHAPES) for c in spec.clauses] + [("color", c.color, COLORS) for c in spec.clauses]
+    named += [("cell", c.cell, CELLS) for c in spec.clauses]
+    if spec.relation is not None:
+        named.append(("position", spec.relation[0], RELATIONS))
+    for name, value, choices in named:
+        if value is not None and value not in choices:
+            raise ValueError(f"prompt {record.id} ({record.prompt!r}): {name} must be one of {choices}, got {value!r}")
+    return spec
 
 
 def draw(spec: Specification, rng: np.random.Generator) -> Scene:

@@ -86,7 +86,7 @@ def wrong_plan(record: PromptRecord, rng: np.random.Generator, *, systematic: bo
     """
     index, inferred = next(((i, c["inferred"]) for i, c in enumerate(record.include) if "inferred" in c), (-1, {}))
     if not inferred:
-        raise ValueError(f"a wrong plan needs a reasoning prompt, got {record.prompt!r} ({record.id}), which has nothing to infer")
+        raise ValueError(f"a wrong plan needs something to infer, got the plain prompt {record.prompt!r} ({record.id})")
     spec = specification(record)
     attribute = inferred["attribute"]
     value: object = inferred["misread"]
@@ -105,7 +105,8 @@ def wrong_plan(record: PromptRecord, rng: np.random.Generator, *, systematic: bo
     return draw(with_attribute(spec, index, attribute, value), rng)
 
 
-def sft_thinking(record: PromptRecord, rng: np.random.Generator, error_share: float, systematic_share: float) -> tuple[str, bool]:
+def sft_thinking(record: PromptRecord, rng: np.random.Generator, error_share: float,
+                 systematic_share: float) -> tuple[str, bool]:
     """The thinking of a warm-up example, right or, for some of the reasoning prompts, wrong.
 
     Args:
