@@ -1,6 +1,87 @@
-.venv: .venv/.stamp
+# make repro        the main job: curate, base, sft, train, evaluate, report; ends with a results table
+# make experiments  everything that params/experiment.yaml lists (JOBS=2: two arms at a time)
+# make test         no network, no GPU, minutes;  make test-slow: full sizes;  make check: ruff and types
+# make ui           MLflow's pages;  make lock-status: what is stale;  make clean: caches and logs, never results
+#
+# Every target sets up what it needs. Python 3.11 or newer and gcc are all that must be there: PYTHON=python3.12 make repro.
+
+PYTHON ?= python3
+SCALE ?= tiny
+JOBS ?= 1
+PORT ?= 5000
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# `python` in dvc.yaml is the environment's, and nothing calls home.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export METAFLOW_USER ?= $(if $(filter-out root,$(USER)),$(USER),unigrpo)
+export DVC_NO_ANALYTICS := 1
+export ITERATIVE_DO_NOT_TRACK := 1
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PYTHONHASHSEED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+DVC := .venv/bin/dvc --wait-for-lock
+TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 .venv/bin/python -m pytest -q
+
+.PHONY: help venv store repro experiments smoke test test-slow check ui lock-status clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+venv: .venv/.stamp
+
 .venv/.stamp: pyproject.toml constraints.txt
-	python3 -m venv .venv
-	.venv/bin/pip install --quiet -c constraints.txt -e '.[evaluation,cluster,dev]'
-	touch $@
-.PHONY: .venv
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is %s; name one with PYTHON=..." % sys.version.split()[0])'
+	@echo "setting up .venv: minutes, and about 2 GB"
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --progress-bar off -c constraints.txt -e '.[evaluation,cluster,dev]'
+	@touch $@
+
+# MLflow's database: made, or brought to this version, before stages share it. A source tree without git works too.
+store: .unigrpo/store.stamp
+
+.unigrpo/store.stamp: .venv/.stamp
+	@test -e .git || .venv/bin/dvc config --quiet --local core.no_scm true
+	@.venv/bin/unigrpo store
+	@touch $@
+
+repro: store
+	@$(DVC) repro report@$(SCALE)-main
+	@.venv/bin/unigrpo table --scale $(SCALE)
+
+experiments: repro
+	@.venv/bin/unigrpo experiment names --scale $(SCALE) | xargs -P $(JOBS) -I NAME $(DVC) repro NAME
+	@$(DVC) repro
+	@.venv/bin/unigrpo table --scale $(SCALE) --which experiments
+
+smoke: .venv/.stamp
+	@.venv/bin/python tests/pipeline_copy.py
+
+test: .venv/.stamp
+	@$(TEST) -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-slow: .venv/.stamp
+	@$(TEST) -m "slow and not gpu"
+
+check: .venv/.stamp
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+ui: store
+	@.venv/bin/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --default-artifact-root $(CURDIR)/mlartifacts --port $(PORT)
+
+lock-status: .venv/.stamp
+	@$(DVC) status
+
+clean:
+	rm -rf .unigrpo .metaflow flows/.metaflow .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find unigrpo flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

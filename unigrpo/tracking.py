@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 import uuid
@@ -46,7 +47,8 @@ def open_client(root: Path) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     import logging
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # its migrations are not the user's business
+    for name in ("alembic", "mlflow.store.db.utils"):  # a database's migrations are not the user's business
+        logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     (root / STATE).mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,17 @@ def open_client(root: Path) -> Any:
         client = MlflowClient(tracking_uri=store_uri(root))
         client.search_experiments(max_results=1)  # creates the tables
     return client
+
+
+def prepare_store(root: Path) -> None:
+    """Make the project's database, or bring one of an earlier MLflow to the installed version, before stages share it."""
+    uri = store_uri(root)
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and path.is_file():
+        with FileLock(root / STATE / "mlflow.lock", timeout=120):
+            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
+    else:
+        open_client(root)
 
 
 def experiment_id(client: Any, root: Path, name: str) -> str:

@@ -1,6 +1,6 @@
 """One function per stage: paths in, paths and metrics out. This module turns a stage's name into that function's arguments.
 
-    unigrpo.stages.<stage>.run(scale, *, run=None, seed=None, checkpoint=None, root, provenance) -> {metric: value}
+    unigrpo.stages.<stage>.run(scale, *, [run, seed | checkpoint | which], root, provenance) -> {metric: value}
 
 | stage                  | name                                  | example             |
 |------------------------|---------------------------------------|---------------------|
@@ -55,9 +55,7 @@ class Job:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the stage function takes beside root and provenance."""
-        optional = {"run": self.run, "seed": self.seed, "checkpoint": self.checkpoint}
-        if self.report is not None:
-            optional["checkpoint"] = self.report
+        optional = {"run": self.run, "seed": self.seed, "checkpoint": self.checkpoint, "which": self.report}
         return {"scale": self.scale} | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -122,7 +120,7 @@ def parse_name(stage: str, name: str, root: Path = Path(".")) -> Job:
         job = Job(stage, name, scale, report=which, inputs=report_inputs(scale, checkpoints))
     else:
         prompts = f"artifacts/{scale}/prompts"
-        job = Job(stage, name, scale, inputs={"curate": (), "base": (prompts,),
+        job = Job(stage, name, scale, inputs={"curate": (), "base": (),
                                               "sft": (prompts, f"artifacts/{scale}/base/checkpoint")}[stage])
     scales = sorted(path.stem for path in (root / "params" / "scales").glob("*.yaml"))
     if scale not in scales:

@@ -1,0 +1,109 @@
+"""What the flows share: their parameters, the resources of a remote step, and the cards."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from metaflow import FlowSpec, Parameter, current
+
+ROOT = Path(os.environ.get("UNIGRPO_ROOT") or Path(__file__).resolve().parent.parent)
+PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
+
+
+class StageFlow(FlowSpec):
+    """Parameters of every stage's flow: the stage's name, and what the launcher knows about its execution. A step on
+    another machine has no git and not our environment, so provenance comes as Parameters."""
+
+    name = Parameter("name", help="the stage's item in dvc.yaml, such as tiny-unigrpo-0", required=True)
+    git_commit = Parameter("git_commit", default="unknown", help="of the checkout that launched")
+    git_dirty = Parameter("git_dirty", default="unknown", help="true, false or unknown")
+    dvc_stage = Parameter("dvc_stage", default="unknown", help="as DVC names it")
+    dvc_lock_sha256 = Parameter("dvc_lock_sha256", default="unknown", help="of dvc.lock as the stage started")
+    params_sha256 = Parameter("params_sha256", default="unknown", help="of the resolved config")
+    inputs_sha256 = Parameter("inputs_sha256", default="unknown", help="of the input files")
+
+
+def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
+    """The one thing a step does: call the stage function of the library. A user's mistake ends as one line, not as a
+    traceback through Metaflow."""
+    from unigrpo.stages import run_stage
+
+    known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
+    try:
+        return run_stage(stage, str(flow.name), ROOT, known)
+    except ValueError as error:
+        if os.environ.get("UNIGRPO_TRACEBACK"):
+            raise
+        print(f"{stage} {flow.name}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def resources() -> dict[str, int]:
+    """Arguments of @resources for a step that wants GPUs: compute.resources of the scale being launched."""
+    import yaml
+
+    def read(path: Path) -> dict[str, Any]:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return dict((content.get("compute") or {}).get("resources") or {})
+
+    values = read(ROOT / "params" / "base.yaml") | read(ROOT / "params" / "scales" / f"{os.environ.get('UNIGRPO_SCALE')}.yaml")
+    names = {"gpu": "gpu", "cpu": "cpu", "memory_mb": "memory", "shared_memory_mb": "shared_memory"}
+    return {names[key]: int(value) for key, value in values.items()}
+
+
+def curves_figure(path: Path) -> Any:
+    """Every column of a curves.csv against its step, one small plot each."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+
+    curves = pd.read_csv(path)
+    columns = [column for column in curves.columns if column != "step"][:24]
+    rows = max(1, -(-len(columns) // 4))
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.2 * rows), squeeze=False, constrained_layout=True)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, column in zip(axes.flat, columns, strict=False):
+        points = curves[["step", column]].dropna()
+        axis.set_visible(True)
+        axis.plot(points["step"], points[column], linewidth=1)
+        axis.set_title(column, fontsize=8)
+        axis.tick_params(labelsize=7)
+    return figure
+
+
+def gallery_rows(folder: Path, limit: int) -> list[list[Any]]:
+    """[image, prompt, thinking, score] of a gallery.json or samples.json, its last `limit` entries."""
+    from metaflow.cards import Image
+
+    listing = next((path for path in (folder / "gallery.json", folder / "samples.json") if path.is_file()), None)
+    entries = json.loads(listing.read_text(encoding="utf-8")) if listing is not None else []
+    rows = []
+    for entry in entries[-limit:]:
+        image = folder / str(entry.get("image", ""))
+        shown = Image(image.read_bytes()) if image.is_file() else ""
+        score = entry.get("reward", entry.get("correct", ""))
+        rows.append([shown, str(entry.get("prompt", "")), str(entry.get("thinking", "")), str(score)])
+    return rows
+
+
+def fill_card(flow: StageFlow, stage: str, gallery: str, limit: int = 24) -> None:
+    """The card of train or evaluate: metrics, curves, and (image, prompt, thinking)."""
+    from metaflow.cards import Image, Markdown, Table
+
+    from unigrpo.stages import parse_name
+
+    folder = ROOT / parse_name(stage, str(flow.name), ROOT).output
+    current.card.append(Markdown(f"# {stage} {flow.name}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}"))
+    if stage == "train" and (folder / "curves.csv").is_file():
+        current.card.append(Image.from_matplotlib(curves_figure(folder / "curves.csv")))
+    rows = gallery_rows(folder / gallery, limit)
+    if rows:
+        current.card.append(Table(rows, headers=["image", "prompt", "thinking", "score"]))
+    metrics = flow.metrics or {}
+    current.card.append(Table([[key, f"{value:.6g}"] for key, value in sorted(metrics.items())], headers=["metric", "value"]))

@@ -1,0 +1,73 @@
+"""Processes that end with their parent: `kill -9` of dvc or of the launcher leaves no second trainer alive."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+LAUNCHER = "UNIGRPO_LAUNCHER_PID"  # in the environment of everything the launcher starts
+POLL = 0.5                         # seconds
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
+
+
+def parent_of(pid: int) -> tuple[str, int]:
+    """(name of `pid`'s program, its parent's pid) on Linux; ("", 0) where /proc does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", 0
+    name, rest = stat[stat.index("(") + 1:stat.rindex(")")], stat[stat.rindex(")") + 2:].split()
+    return name, int(rest[1])
+
+
+def alive(pid: int) -> bool:
+    """True if the process exists and is not a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return not Path("/proc/self/stat").exists()  # gone, or no /proc at all
+    return stat[stat.rindex(")") + 2] != "Z"
+
+
+def watched_ancestors() -> list[int]:
+    """The parent; where that is a shell (dvc starts stages through one) also the shell's parent; and the launcher."""
+    parent = os.getppid()
+    watched = [parent]
+    name, grandparent = parent_of(parent)
+    if name in SHELLS and grandparent > 1:
+        watched.append(grandparent)
+    if os.environ.get(LAUNCHER, "").isdigit():
+        watched.append(int(os.environ[LAUNCHER]))
+    return watched
+
+
+def die_with_parent() -> None:
+    """From now on this process is killed when its parent, its parent shell's parent, or the launcher is gone.
+
+    On Linux the kernel does it at once for the parent (PR_SET_PDEATHSIG). A thread watches the others, and is all there is
+    on other systems. Work in progress is not lost: every stage can be killed at any moment and goes on where it was.
+    """
+    watched = watched_ancestors()
+    parent = watched[0]
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent and all(alive(pid) for pid in watched):
+            time.sleep(POLL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.getppid() != parent or not all(alive(pid) for pid in watched):  # died before we looked
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()

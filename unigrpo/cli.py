@@ -1,0 +1,118 @@
+"""The `unigrpo` command. Heavy imports wait until a command needs them, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def project_root() -> Path:
+    """The nearest folder upwards that holds dvc.yaml and params/. Raises ValueError if there is none."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params").is_dir():
+            return folder
+    raise ValueError(f"run this inside the project: no folder from {here} upwards holds dvc.yaml and params/")
+
+
+def experiment_command(args: argparse.Namespace) -> int:
+    """Write params/experiment.yaml and the experiments' inputs in dvc.yaml."""
+    import yaml
+
+    from unigrpo.experiment import write
+
+    root = project_root()
+    runs = args.run or list(yaml.safe_load((root / "params" / "runs.yaml").read_text(encoding="utf-8")))
+    changed = write(root, args.scale, runs, args.seed)
+    print("\n".join(f"wrote {path.relative_to(root)}" for path in changed) or "nothing to change")
+    return 0
+
+
+def names_command(args: argparse.Namespace) -> int:
+    """Print the items of `evaluate` in dvc.yaml, one a line: what can be run side by side."""
+    from unigrpo.stages import read_experiment
+
+    evaluations = read_experiment(project_root())["evaluations"]
+    print("\n".join(f"evaluate@{name}" for name, item in evaluations.items() if item["scale"] == args.scale))
+    return 0
+
+
+def store_command(args: argparse.Namespace) -> int:
+    """Make MLflow's database, or bring it to the installed version."""
+    from unigrpo.tracking import prepare_store
+
+    prepare_store(project_root())
+    return 0
+
+
+def stage_command(args: argparse.Namespace) -> int:
+    """Run a stage function in this process: for debugging, without DVC and Metaflow."""
+    from unigrpo.stages import run_stage
+
+    metrics = run_stage(args.stage, args.name, project_root())
+    for key, value in sorted(metrics.items()):
+        print(f"{key} {value:.6g}")
+    return 0
+
+
+def table_command(args: argparse.Namespace) -> int:
+    """Print the results of a report, and where to look."""
+    from unigrpo.report.table import results_table
+
+    root = project_root()
+    path = root / "artifacts" / args.scale / args.which / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{path.relative_to(root)} is missing: `make repro` makes it")
+    print(results_table(path))
+    page = path.with_name("report.html").relative_to(root)
+    print(f"\nreport      {page}\nruns        make ui (MLflow)\nsamples     artifacts/{args.scale}/<checkpoint>/samples/")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments."""
+    top = argparse.ArgumentParser(prog="unigrpo", description="UniGRPO: one policy that thinks, then draws.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    experiment = commands.add_parser("experiment", help="the list of trainings and evaluations")
+    actions = experiment.add_subparsers(dest="action", required=True)
+    names = actions.add_parser("names", help="the evaluations of a scale, as dvc names them")
+    names.add_argument("--scale", default="tiny")
+    names.set_defaults(function=names_command)
+    writes = actions.add_parser("write", help="runs x seeds into params/ and dvc.yaml")
+    writes.add_argument("--scale", nargs="+", required=True, help="files of params/scales/")
+    writes.add_argument("--run", nargs="+", help="entries of params/runs.yaml; all of them by default")
+    writes.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    writes.set_defaults(function=experiment_command)
+
+    stage = commands.add_parser("stage", help="run one stage in this process, without DVC and Metaflow")
+    stage.add_argument("stage")
+    stage.add_argument("name")
+    stage.set_defaults(function=stage_command)
+
+    store = commands.add_parser("store", help="make MLflow's database, or bring it to the installed version")
+    store.set_defaults(function=store_command)
+
+    table = commands.add_parser("table", help="print a report's results")
+    table.add_argument("--scale", default="tiny")
+    table.add_argument("--which", choices=["report", "experiments"], default="report")
+    table.set_defaults(function=table_command)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 for a user's mistake, named on stderr."""
+    args = parser().parse_args(arguments)
+    try:
+        return int(args.function(args))
+    except (ValueError, OSError) as error:
+        print(f"unigrpo {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"unigrpo {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Which modules a stage imports, directly or not: read from the source, so that dvc.yaml can name them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from unigrpo.digests import RECORDERS
+
+
+def module_file(root: Path, module: str) -> Path | None:
+    """The file of a module of this package, relative to `root`; None if there is no such module."""
+    path = Path(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if (root / file).is_file()), None)
+
+
+def imports(root: Path, module: str) -> set[str]:
+    """Modules of this package that `module` imports anywhere, inside functions too, and the packages they lie in.
+
+    Imports for type checkers only count as well: they cost a needless rerun at worst, where a miss costs a stale number.
+    """
+    file = module_file(root, module)
+    assert file is not None, module
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join([*package[:len(package) - node.level + 1], *filter(None, [base])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}  # a name may be a submodule
+    parents = {".".join(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 1)}
+    return {name for name in names | parents if name.split(".")[0] == "unigrpo" and module_file(root, name) is not None}
+
+
+def closure(root: Path, module: str) -> set[str]:
+    """All modules of this package that importing `module` reaches, itself included; recorders are not looked into."""
+    found: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        if name not in RECORDERS:
+            todo += imports(root, name)
+    return found
+
+
+def stage_files(root: Path, stage: str) -> list[str]:
+    """The files a stage depends on in dvc.yaml: those of its closure that can move numbers. Empty modules cannot."""
+    files = {module_file(root, name) for name in closure(root, f"unigrpo.stages.{stage}") - RECORDERS}
+    return sorted(file.as_posix() for file in files if file is not None and (root / file).read_text(encoding="utf-8").strip())
