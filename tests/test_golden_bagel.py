@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from pathlib import Path
 
 import pytest
@@ -150,7 +152,7 @@ def test_velocities_batched(golden):
     """All prompts in one padded batch equal the stored batch-of-one velocities."""
     data = golden.tensors("velocity")
     lists = golden.manifest["velocity.safetensors"]["token_lists"]
-    rows = [torch.tensor(sum((golden.segment(s) for s in (lists["system"], p, lists["think"])), []))
+    rows = [torch.tensor(functools.reduce(operator.iadd, (golden.segment(s) for s in (lists["system"], p, lists["think"])), []))
             for p in lists["prompts"]] + [torch.tensor(golden.segment(lists["prompts"][0]))]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(r) for r in rows])
@@ -261,7 +263,8 @@ def test_training_losses_and_gradients(golden):
         norm = info["grad_norms_of_total_loss"].get(name)
         if norm is not None:
             assert parameter.grad is not None, name
-            torch.testing.assert_close(parameter.grad.norm().item(), norm, rtol=2e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(parameter.grad.norm().item(), norm, rtol=2e-5, atol=1e-6,
+                                       msg=lambda m, n=name: f"{n}: {m}")
             compared += 1
         if f"grad.{name}" in data:
             torch.testing.assert_close(parameter.grad, data[f"grad.{name}"], **CLOSE)

@@ -46,8 +46,8 @@ def load_checkpoint(folder: Path) -> tuple[MoTModel, PreTrainedTokenizerBase]:
                                        "tie_word_embeddings")})
     with torch.device("meta"):
         model = MoTModel(config)
-    model.load_state_dict(read_tensors(folder / "model.safetensors", {k: tuple(v.shape) for k, v in model.state_dict().items()}),
-                          assign=True)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(read_tensors(folder / "model.safetensors", shapes), assign=True)
     model.latent_pos_embed.requires_grad_(False)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -56,7 +56,7 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Te
     """The tensors of a safetensors file, which must be exactly those of `shapes`."""
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a readable safetensors file: {error}; rerun the stage that makes it") from error
     problems = [f"missing tensor {name} {shape}" for name, shape in shapes.items() if name not in found]

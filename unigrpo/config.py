@@ -30,18 +30,32 @@ class WorldConfig(Section):
     reasoning_share: Share
     reasoning_kinds: tuple[Literal["arithmetic", "sides", "world_color", "negation", "opposite", "comparison", "ordinal",
                                    "mixture"], ...]
-    object_shares: tuple[Rate, Rate, Rate, Rate]
+    reasoning_difficulty: Literal[1, 2]
+    max_objects: int = Field(ge=1, le=4)
+    four_share: Share
+    cell_share: Share
     heldout_share: Share
 
 
+class SplitShares(Section):
+    """Which share of all specifications each split owns."""
+
+    sft: float = Field(gt=0)
+    train: float = Field(gt=0)
+    validation: float = Field(gt=0)
+    eval: float = Field(gt=0)
+
+
 class CurateConfig(Section):
-    """How many prompts each split holds."""
+    """How many prompts each split holds, and from which part of the specifications."""
 
     seed: int
     sft: Positive
     train: Positive
     validation: Positive
     eval: Positive
+    shares: SplitShares
+    max_paraphrases: Positive
     heldout_eval_share: Share
 
 
@@ -98,6 +112,7 @@ class SupervisedConfig(Section):
     image_weight: Rate
     grad_clip: float = Field(gt=0)
     condition_dropout: Share
+    precision: Literal["fp32", "bf16"]
     log_every: Positive
     checkpoint_every: Positive
 

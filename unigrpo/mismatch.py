@@ -24,7 +24,8 @@ class MismatchError(ValueError):
 def mismatch_metrics(rollouts: Rollouts, config: Config) -> dict[str, float]:
     """Mean and maximal absolute difference of recorded and replayed log-probs; images in units of their clip."""
     text, image = rollouts.text, rollouts.image
-    assert text.old_log_probs is not None and image.old_log_probs is not None
+    assert text.old_log_probs is not None
+    assert image.old_log_probs is not None
     text_gap = (text.rollout_log_probs - text.old_log_probs).abs()[text.mask]
     clip = image_clip(config.objective.image.clip_high, image)
     image_gap = (image.rollout_log_probs - image.old_log_probs).abs() / clip

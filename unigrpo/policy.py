@@ -22,7 +22,10 @@ class UnifiedPolicy(Protocol):
     the policy's own classifier-free guidance, 1.0 for none.
     """
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The trained network."""
+        ...
 
     @property
     def guidance_scale(self) -> float:

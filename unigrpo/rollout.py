@@ -7,6 +7,7 @@ text and every window step in one packed forward with gradient.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unigrpo.config import RolloutConfig
-from unigrpo.flow.guidance import combine_guidance, guidance_active
+from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active
 from unigrpo.flow.schedule import choose_window, sigma_schedule
-from unigrpo.flow.sde import transition
+from unigrpo.flow.sde import TransitionKind, transition
 from unigrpo.models.bagel import SpecialTokens, causal_mask, concatenate_rows, encode_segments, packed_mask
-from unigrpo.models.mot import Context, MoTModel, unpatchify
+from unigrpo.models.mot import Compact, Context, MoTModel, unpatchify
 from unigrpo.policy import Draw
 from unigrpo.text import sample_tokens, token_log_probs
 from unigrpo.types import FlowSegment, PromptRecord, Replay, Rollouts, TextSegment
@@ -33,7 +34,7 @@ class Guidance:
 
     context: Context
     scale: float
-    renorm: str
+    renorm: Renorm
     interval: tuple[float, float]
 
 
@@ -58,7 +59,8 @@ def prefill(model: MoTModel, tokens: Tensor, lengths: Tensor, *, room: int = 0) 
     context = model.empty_context(rows, columns + room)
     if columns:
         positions = torch.arange(columns).expand(rows, columns)
-        model(model.embed_text(tokens), positions, causal_mask(lengths, columns), context=context)
+        model(model.embed_text(tokens), positions, causal_mask(lengths, columns), context=context,
+              compact=Compact.of(lengths, columns))
     context.mask[:, :columns] = torch.arange(columns) < lengths[:, None]
     context.used, context.positions = columns, lengths.clone()
     return context
@@ -123,7 +125,7 @@ def image_velocity(model: MoTModel, markers: Tensor, context: Context, latents: 
 
 
 def denoise(model: MoTModel, markers: Tensor, context: Context, noise: Tensor, sigmas: Tensor, *,
-            window: Sequence[int] = (), step_noise: Tensor | None = None, kind: str = "flow_sde",
+            window: Sequence[int] = (), step_noise: Tensor | None = None, kind: TransitionKind = "flow_sde",
             noise_level: float = 0.0, guidance: Guidance | None = None, grid: tuple[int, int] | None = None,
             trace: list[Tensor] | None = None) -> Drawing:
     """Draw images: SDE steps inside the window, Euler steps outside.
@@ -135,8 +137,10 @@ def denoise(model: MoTModel, markers: Tensor, context: Context, noise: Tensor, s
         trace: if given, receives the state before every step.
     """
     latents = noise
-    states, actions, scores = [], [], []
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    states: list[Tensor] = []
+    actions: list[Tensor] = []
+    scores: list[Tensor] = []
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
         if trace is not None:
             trace.append(latents)
         velocity = image_velocity(model, markers, context, latents, sigma, grid=grid)
@@ -169,7 +173,7 @@ class BagelPolicy:
     """
 
     def __init__(self, model: MoTModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str,
-                 guidance: tuple[float, str, tuple[float, float]] | None = None, context_gradient: bool = True) -> None:
+                 guidance: tuple[float, Renorm, tuple[float, float]] | None = None, context_gradient: bool = True) -> None:
         self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
         self.special = SpecialTokens.of(tokenizer)
         self.markers = torch.tensor([self.special.image_start, self.special.image_end])
@@ -267,14 +271,15 @@ class BagelPolicy:
         model, (rows, columns) = self.model, tokens.shape
         positions = torch.arange(columns).expand(rows, columns)
         if latents is None:
-            hidden, _ = model(model.embed_text(tokens), positions, causal_mask(lengths, columns))
+            hidden, _ = model(model.embed_text(tokens), positions, causal_mask(lengths, columns),
+                              compact=Compact.of(lengths, columns))
             return hidden, None
         blocks, count = latents.shape[1:3]
         und = model.embed_text(torch.cat([tokens, self.markers.repeat(blocks).expand(rows, -1)], dim=1))
         image_position = lengths[:, None]
         hidden, out = model(und, torch.cat([positions, image_position.expand(rows, 2 * blocks)], dim=1),
                             packed_mask(lengths, columns, blocks, count), model.embed_latents(latents, sigma).flatten(1, 2),
-                            image_position.expand(rows, blocks * count))
+                            image_position.expand(rows, blocks * count), compact=Compact.of(lengths, columns, 2 * blocks))
         assert out is not None
         velocity = model.velocity(out.view(rows, blocks, count, -1), latents, sigma)
         return hidden[:, :columns], velocity

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,7 +28,8 @@ def generator(seed: int, *key: str | int) -> np.random.Generator:
     """
     for part in (seed, *key):
         if isinstance(part, bool) or not isinstance(part, int | str | np.integer):
-            raise TypeError(f"parts of a random key must be int or str, got {part!r} ({type(part).__name__}) in {(seed, *key)!r}")
+            raise TypeError(f"parts of a random key must be int or str, got {part!r} ({type(part).__name__}) "
+                            f"in {(seed, *key)!r}")
     content = json.dumps([part if isinstance(part, str) else int(part) for part in (seed, *key)], separators=(",", ":"))
     digest = hashlib.sha256(content.encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
@@ -36,3 +38,15 @@ def generator(seed: int, *key: str | int) -> np.random.Generator:
 def uniforms(seed: int, *key: str | int, shape: tuple[int, ...] = ()) -> np.ndarray:
     """float64 numbers in [0, 1) of the given shape, keyed like `generator`."""
     return np.asarray(generator(seed, *key).random(shape))
+
+
+@lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, *key: str | int) -> np.ndarray:
+    """One epoch's order."""
+    return generator(seed, *key).permutation(size)
+
+
+def shuffled_index(i: int, size: int, seed: int, *key: str | int) -> int:
+    """The i-th draw without replacement from `size` items, reshuffled every epoch: the counter alone is the data cursor."""
+    epoch, place = divmod(i, size)
+    return int(_permutation(size, seed, *key, epoch)[place])

@@ -82,7 +82,8 @@ def supervised_losses(policy: BagelPolicy, batch: SupervisedBatch) -> tuple[Tens
     labels = batch.tokens[:, 1:][wanted]
     text_loss = F.cross_entropy(logits, labels) if len(labels) else logits.sum()
     right = (logits.argmax(dim=-1) == labels).float().mean().item() if len(labels) else float("nan")
-    return text_loss, image_loss, {"text/loss": text_loss.item(), "image/loss": image_loss.item(), "text/accuracy": right}
+    return text_loss, image_loss, {"text/loss": text_loss.item(), "image/loss": image_loss.item(), "text/accuracy": right,
+                                    "text/tokens": float(batch.lengths.sum())}
 
 
 def supervised_optimizers(model: nn.Module, config: SupervisedConfig) -> list[torch.optim.Optimizer]:
@@ -115,7 +116,8 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
     Raises: ValueError where the loss is not finite, naming the step.
     """
     for step in range(start_step, config.steps):
-        text_loss, image_loss, metrics = supervised_losses(policy, batches(step))
+        with torch.autocast(policy.model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            text_loss, image_loss, metrics = supervised_losses(policy, batches(step))
         loss = config.text_weight * text_loss + config.image_weight * image_loss
         if not torch.isfinite(loss):
             raise ValueError(f"the loss of step {step} is not finite (text {text_loss.item()}, image {image_loss.item()}); "

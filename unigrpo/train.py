@@ -21,22 +21,14 @@ from unigrpo.update import anchor, minibatches, objective, optimizer_step, sched
 RewardFunction = Callable[[Rollouts], Sequence[Reward]]
 
 
-def prompt_batch(prompts: Sequence[PromptRecord], step: int, size: int, draw: Draw) -> list[PromptRecord]:
-    """The prompts of a training step: epochs of keyed permutations, so the step alone is the data cursor."""
-    chosen = []
-    for i in range(step * size, (step + 1) * size):
-        epoch, place = divmod(i, len(prompts))
-        chosen.append(prompts[int(draw("order", epoch).permutation(len(prompts))[place])])
-    return chosen
-
-
-def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Sequence[PromptRecord],
+def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Callable[[int], Sequence[PromptRecord]],
           reward_fn: RewardFunction, config: Config, *, draw: Draw, log: Callable[[int, dict[str, float], Rollouts], None],
           save: Callable[[int], None], start_step: int = 0) -> None:
     """Optimise the policy for config.train.num_steps rollouts.
 
     Args:
         policy, optimizer: the policy's trained parameters are the optimizer's, one group an expert.
+        prompts: step -> the P prompts of that step; the step alone is the data cursor.
         reward_fn: B rollouts -> reward records, NaN where missing.
         draw: draw(purpose, *key) -> generator, the run's seed bound.
         log: called after every step with its metrics and rollouts. save: called after every step, decides itself.
@@ -45,7 +37,7 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Sequ
     """
     updates, skipped = config.train.updates_per_rollout, 0
     for step in range(start_step, config.train.num_steps):
-        rollouts = policy.generate(prompt_batch(prompts, step, config.rollout.prompts_per_step, draw),
+        rollouts = policy.generate(prompts(step),
                                    group_size=config.rollout.group_size, sampling=config.rollout,
                                    generators=partial(draw_at, draw, step))               # thinking, then images
         rewards = reward_fn(rollouts)                                                     # records; NaN where missing
@@ -102,7 +94,9 @@ def describe(rollouts: Rollouts, config: Config) -> dict[str, float]:
     limit = config.rollout.max_thinking_tokens
     last = rollouts.text.tokens.gather(1, (lengths - 1)[:, None])[:, 0]
     stopped = last == last.new_tensor(rollouts.stop_token)
-    return {"thinking/length": lengths.float().mean().item(), "thinking/length_max": float(lengths.max()),
+    return {"cost/reference_passes": float(rollouts.image.ref_velocities is not None),
+            "thinking/length": lengths.float().mean().item(), "thinking/length_max": float(lengths.max()),
             "thinking/truncated": ((lengths == limit) & ~stopped).float().mean().item(),
+            "cost/prompt_tokens": float(rollouts.prompt_lengths.sum()),
             "thinking/rollout_entropy": (rollouts.text.entropy.sum() / lengths.sum()).item(),
             **{f"cost/{name}": float(value) for name, value in rollouts.cost.items()}}

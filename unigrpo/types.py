@@ -67,7 +67,7 @@ class Segment:
         size = self.mask.shape[0]
         chosen = {name: value[rows] for name, value in vars(self).items()
                   if isinstance(value, Tensor) and name not in SHARED_FIELDS and value.shape[0] == size}
-        return replace(self, **chosen)
+        return replace(self, **chosen)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

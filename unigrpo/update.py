@@ -134,7 +134,9 @@ def objective(replay: Replay, batch: Batch, config: Config, *, decay: float = 1.
     """
     settings: ObjectiveConfig = config.objective
     text, image = batch.rollouts.text, batch.rollouts.image
-    assert text.old_log_probs is not None and image.old_log_probs is not None and image.old_means is not None
+    assert text.old_log_probs is not None
+    assert image.old_log_probs is not None
+    assert image.old_means is not None
     text_loss, text_metrics = clipped_surrogate_loss(
         replay.text_log_probs, text.old_log_probs, batch.advantages[0], batch.text_weights,
         clip_low=settings.text.clip_low, clip_high=settings.text.clip_high)

@@ -56,7 +56,8 @@ class MoTConfig(PretrainedConfig):
         self.latent_downsample, self.max_latent_size = latent_downsample, max_latent_size
         self.image_size, self.prediction = tuple(image_size), prediction
         self.min_sigma, self.timestep_shift = min_sigma, timestep_shift
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
@@ -119,6 +120,9 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Joint attention over both streams: one softmax, expert-specific projections and q/k norms."""
 
+    o_proj: nn.Linear
+    o_proj_moe_gen: nn.Linear
+
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -132,37 +136,83 @@ class Attention(nn.Module):
             setattr(self, f"k_norm{expert}", RMSNorm(self.head_dim, eps=config.rms_norm_eps))
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], expert: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, D) -> queries, keys, values (B, heads, T, head_dim); q/k normed per head before the rotation."""
-        rows, length, _ = x.shape
-        query = getattr(self, f"q_proj{expert}")(x).view(rows, length, self.heads, self.head_dim)
-        key = getattr(self, f"k_proj{expert}")(x).view(rows, length, self.kv_heads, self.head_dim)
-        value = getattr(self, f"v_proj{expert}")(x).view(rows, length, self.kv_heads, self.head_dim)
-        query = getattr(self, f"q_norm{expert}")(query).transpose(1, 2)
-        key = getattr(self, f"k_norm{expert}")(key).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
-        return query, key, value.transpose(1, 2)
+        """(..., D) -> queries, keys, values (..., heads, head_dim); q/k normed per head before the rotation."""
+        query = getattr(self, f"q_proj{expert}")(x).unflatten(-1, (self.heads, self.head_dim))
+        key = getattr(self, f"k_proj{expert}")(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        value = getattr(self, f"v_proj{expert}")(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        query, key = getattr(self, f"q_norm{expert}")(query), getattr(self, f"k_norm{expert}")(key)
+        query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=-2)
+        return query, key, value
 
     def forward(self, und: Tensor, gen: Tensor | None, rotary_und: tuple[Tensor, Tensor],
-                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor,
-                cache: tuple[Tensor, Tensor, int] | None) -> tuple[Tensor, Tensor | None]:
+                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor, cache: tuple[Tensor, Tensor, int] | None,
+                compact: Compact | None) -> tuple[Tensor, Tensor | None]:
         """Attention output per stream, projected. With a cache, new keys and values are written behind its columns."""
-        query, key, value = self.project(und, rotary_und, "")
+        parts: tuple[Tensor, ...] = self.project(und, rotary_und, "")
+        if compact is not None:
+            parts = tuple(compact.spread(part) for part in parts)
+        split = parts[0].shape[1]
         if gen is not None and rotary_gen is not None:
             streams = self.project(gen, rotary_gen, "_moe_gen")
-            query, key, value = (torch.cat(pair, dim=2) for pair in zip((query, key, value), streams, strict=True))
+            parts = tuple(torch.cat(pair, dim=1) for pair in zip(parts, streams, strict=True))
+        query, key, value = (part.transpose(1, 2) for part in parts)                    # (B, heads, T, head_dim)
         if cache is not None:
             keys, values, used = cache
             stop = used + key.shape[2]
             keys[:, :, used:stop], values[:, :, used:stop] = key, value
             key, value = keys[:, :, :stop], values[:, :, :stop]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
-        out = out.transpose(1, 2).flatten(2)
-        split = und.shape[1]
-        return self.o_proj(out[:, :split]), None if gen is None else self.o_proj_moe_gen(out[:, split:])
+        out = attend(query, key, value, mask).transpose(1, 2).flatten(2)
+        first = out[:, :split] if compact is None else compact.gather(out[:, :split])
+        return self.o_proj(first), None if gen is None else self.o_proj_moe_gen(out[:, split:])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Scaled dot-product attention with grouped keys. On a CPU it runs in float32: its bfloat16 backward is 8x slower."""
+    grouped = query.shape[1] != key.shape[1]
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask,
+                                              enable_gqa=grouped)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask,
+                                              enable_gqa=grouped).to(value.dtype)
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Where the real tokens of a padded batch stand, so that padding is attended around but never computed.
+
+    Args:
+        index: (M,) int64 places of the real tokens in the flattened (B * T) batch. rows, columns: B and T.
+    """
+
+    index: Tensor
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, lengths: Tensor, columns: int, behind: int = 0) -> Compact:
+        """The first `lengths` of `columns` columns, and all of `behind` further ones."""
+        valid = torch.arange(columns + behind, device=lengths.device)
+        valid = (valid < lengths[:, None]) | (valid >= columns)
+        return cls(valid.flatten().nonzero()[:, 0], len(lengths), columns + behind)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, T, ...) -> (M, ...)."""
+        return x.flatten(0, 1).index_select(0, self.index)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(M, ...) -> (B, T, ...), zeros where there is padding."""
+        out = x.new_zeros(self.rows * self.columns, *x.shape[1:]).index_copy(0, self.index, x)
+        return out.unflatten(0, (self.rows, self.columns))
 
 
 class MoTLayer(nn.Module):
     """Pre-norm decoder layer with hard routing by token kind."""
+
+    input_layernorm: RMSNorm
+    input_layernorm_moe_gen: RMSNorm
+    post_attention_layernorm: RMSNorm
+    post_attention_layernorm_moe_gen: RMSNorm
 
     def __init__(self, config: MoTConfig) -> None:
         super().__init__()
@@ -175,12 +225,12 @@ class MoTLayer(nn.Module):
             setattr(self, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
     def forward(self, und: Tensor, gen: Tensor | None, rotary_und: tuple[Tensor, Tensor],
-                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor,
-                cache: tuple[Tensor, Tensor, int] | None) -> tuple[Tensor, Tensor | None]:
-        """One layer over both streams, (B, Tu, D) and (B, Tg, D)."""
+                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor, cache: tuple[Tensor, Tensor, int] | None,
+                compact: Compact | None) -> tuple[Tensor, Tensor | None]:
+        """One layer over both streams, (B, Tu, D) or compacted (M, D), and (B, Tg, D)."""
         out_und, out_gen = self.self_attn(self.input_layernorm(und),
                                           None if gen is None else self.input_layernorm_moe_gen(gen),
-                                          rotary_und, rotary_gen, mask, cache)
+                                          rotary_und, rotary_gen, mask, cache, compact)
         und = und + out_und
         und = und + self.mlp(self.post_attention_layernorm(und))
         if gen is not None:
@@ -222,7 +272,7 @@ class TimeEmbedder(nn.Module):
         half = TIME_FREQUENCIES // 2
         exponent = torch.arange(half, dtype=torch.float32, device=sigma.device) / half
         angles = sigma.float()[..., None] * torch.exp(-math.log(10_000.0) * exponent)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class PositionTable(nn.Module):
@@ -246,6 +296,7 @@ class MoTModel(PreTrainedModel):
     """The unified model: text logits from the understanding stream, velocities from the generation stream."""
 
     config_class = MoTConfig
+    config: MoTConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = False
 
@@ -306,7 +357,8 @@ class MoTModel(PreTrainedModel):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def forward(self, und: Tensor, und_positions: Tensor, mask: Tensor, gen: Tensor | None = None,
-                gen_positions: Tensor | None = None, context: Context | None = None) -> tuple[Tensor, Tensor | None]:
+                gen_positions: Tensor | None = None, context: Context | None = None,
+                compact: Compact | None = None) -> tuple[Tensor, Tensor | None]:
         """Both streams through all layers and their final norms.
 
         Args:
@@ -316,15 +368,19 @@ class MoTModel(PreTrainedModel):
                 are ordered [context | und | gen]. Every query needs at least one key.
             gen, gen_positions: (B, Tg, D) and (B, Tg) for the generation experts (latents), or None.
             context: cached keys and values; new ones are written behind its `used` columns, which the caller advances.
+            compact: which of the und tokens are real; the others are neither computed nor attended to (mask them).
         Returns: final-normed hidden states (B, Tu, D) and (B, Tg, D) or None.
         """
         decoder = self.language_model.model
+        if compact is not None:
+            und, und_positions = compact.gather(und), compact.gather(und_positions)
         rotary_und = self.rotary(und_positions, und.dtype)
         rotary_gen = None if gen_positions is None else self.rotary(gen_positions, und.dtype)
         for i, layer in enumerate(decoder.layers):
             cache = None if context is None else (context.keys[i], context.values[i], context.used)
-            und, gen = layer(und, gen, rotary_und, rotary_gen, mask, cache)
-        return decoder.norm(und), None if gen is None else decoder.norm_moe_gen(gen)
+            und, gen = layer(und, gen, rotary_und, rotary_gen, mask, cache, compact)
+        und = decoder.norm(und) if compact is None else compact.spread(decoder.norm(und))
+        return und, None if gen is None else decoder.norm_moe_gen(gen)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) understanding states -> (..., V) float32 logits."""

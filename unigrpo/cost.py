@@ -1,0 +1,52 @@
+"""Counted work: floating-point operations from shapes alone, so that a cost is the same on every machine."""
+
+from __future__ import annotations
+
+from unigrpo.config import SupervisedConfig
+from unigrpo.models.mot import MoTConfig
+
+
+def layer_parameters(config: MoTConfig) -> int:
+    """Weights of one expert's matrices in one layer."""
+    width, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
+    return 2 * width * width + 2 * width * kv + 3 * width * config.intermediate_size
+
+
+def forward_flops(config: MoTConfig, *, tokens: float, keys: float, head_tokens: float = 0.0) -> float:
+    """FLOPs of a forward pass: two per weight and token, and attention's two products.
+
+    Args:
+        tokens: of both streams together. keys: how many keys a token attends to, on average.
+        head_tokens: tokens whose logits are wanted.
+    """
+    linear = 2.0 * layer_parameters(config) * config.num_hidden_layers * tokens
+    attention = 4.0 * config.hidden_size * config.num_hidden_layers * tokens * keys
+    return linear + attention + 2.0 * config.hidden_size * config.vocab_size * head_tokens
+
+
+def supervised_cost(config: MoTConfig, settings: SupervisedConfig, text_tokens: float) -> dict[str, float]:
+    """Cost of supervised training. `text_tokens`: of a batch, on average."""
+    rows, blocks, image = settings.texts_per_step, settings.images_per_text, config.grid[0] * config.grid[1]
+    tokens = text_tokens + rows * blocks * (image + 2)
+    keys = text_tokens / rows + image + 2
+    flops = 3.0 * settings.steps * forward_flops(config, tokens=tokens, keys=keys, head_tokens=text_tokens)
+    return {"cost/prompts": float(settings.steps * rows), "cost/images": float(settings.steps * rows),
+            "cost/text_tokens": float(round(settings.steps * text_tokens)), "cost/updates": float(settings.steps),
+            "cost/model_calls": float(settings.steps * rows * blocks), "cost/flops": flops}
+
+
+def rollout_flops(config: MoTConfig, *, rollouts: int, prompt_tokens: float, thinking_tokens: float, prompts: int,
+                  model_calls: int) -> float:
+    """FLOPs of sampling: the prompts once per group, one decode step a thinking token, one block a model call."""
+    image = config.grid[0] * config.grid[1] + 2
+    context = prompt_tokens + thinking_tokens
+    return (forward_flops(config, tokens=prompts * prompt_tokens, keys=prompt_tokens / 2)
+            + forward_flops(config, tokens=rollouts * thinking_tokens, keys=context, head_tokens=rollouts * thinking_tokens)
+            + forward_flops(config, tokens=model_calls * image, keys=context + image))
+
+
+def replay_flops(config: MoTConfig, *, rollouts: int, text_tokens: float, thinking_tokens: float, window: int) -> float:
+    """FLOPs of one packed forward over text and window steps; a backward costs twice that."""
+    image = config.grid[0] * config.grid[1] + 2
+    return forward_flops(config, tokens=rollouts * (text_tokens + window * image), keys=text_tokens + image,
+                         head_tokens=rollouts * thinking_tokens)

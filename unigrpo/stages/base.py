@@ -1,0 +1,83 @@
+"""The base model: trained from scratch on rendered scenes and their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from unigrpo.checkpoint import load_training_state, restore_optimizers, save_checkpoint, save_training_state
+from unigrpo.config import Config, SupervisedConfig
+from unigrpo.cost import supervised_cost
+from unigrpo.models.bagel import word_tokenizer
+from unigrpo.models.mot import MoTConfig, MoTModel
+from unigrpo.rollout import BagelPolicy
+from unigrpo.seeding import generator
+from unigrpo.sft import Example, SupervisedBatch, collate, supervised_optimizers, train_supervised
+from unigrpo.stages.session import Session, session, tail_mean
+from unigrpo.worlds.shapes import caption_text, plan_text, random_scene, render, vocabulary
+
+
+def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Train the base model of a scale. Returns its metrics."""
+    with session("base", scale, scale=scale, output=f"artifacts/{scale}/base", inputs=(), root=root,
+                 provenance=provenance) as stage:
+        policy = fresh_policy(stage.config)
+        train_stage(stage, policy, stage.config.base, lambda step: caption_batch(policy, stage.config, step))
+        save_checkpoint(stage.output / "checkpoint", policy.model, policy.tokenizer)
+        return stage.write(summary(stage, policy, stage.config.base))
+
+
+def fresh_policy(config: Config) -> BagelPolicy:
+    """A new model with keyed initial weights."""
+    tokenizer = word_tokenizer(vocabulary())
+    with torch.random.fork_rng():
+        torch.manual_seed(int(generator(config.base.seed, "weights").integers(2**63)))
+        model = MoTModel(MoTConfig(vocab_size=len(tokenizer), **config.model.model_dump()))
+    return BagelPolicy(model, tokenizer, system_prompt=config.rollout.system_prompt)
+
+
+def caption_batch(policy: BagelPolicy, config: Config, step: int) -> SupervisedBatch:
+    """Random scenes with their plan or a literal caption, or without any (condition dropout)."""
+    settings, rng = config.base, generator(config.base.seed, "base", step)
+    scenes = [random_scene(rng) for _ in range(settings.texts_per_step)]
+    texts: list[str | None] = []
+    for scene in scenes:
+        drop, plan = rng.random(2) < (settings.condition_dropout, settings.plan_share)
+        texts.append(None if drop else plan_text(scene, rng) if plan else caption_text(scene, rng))
+    return collate(policy, [Example((), text) for text in texts], render(scenes, rng), rng,
+                   images_per_text=settings.images_per_text)
+
+
+def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig, batches) -> None:
+    """Supervised training that resumes, logs and saves; shared by base and sft."""
+    policy.model.train()
+    optimizers = supervised_optimizers(policy.model, settings)
+    start = 0
+    if (found := load_training_state(stage.folder)) is not None:
+        state, tensors = found
+        policy.model.load_state_dict(tensors["model"])
+        restore_optimizers(optimizers, tensors["optimizer"])
+        stage.restore(state)
+        start = int(state["step"])
+    stage.begin("", settings.steps, start)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        if step % settings.log_every == 0 or step == settings.steps - 1:
+            stage.log(step, metrics, image_loss=metrics["image/loss"], text_loss=metrics["text/loss"])
+        elif stage.progress is not None:
+            stage.progress.step(step + 1)
+
+    def save(step: int) -> None:
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+            save_training_state(stage.folder, step + 1, policy.model, optimizers, stage.state())
+
+    train_supervised(policy, optimizers, batches, settings, log=log, save=save, start_step=start)
+    policy.model.eval()
+
+
+def summary(stage: Session, policy: BagelPolicy, settings: SupervisedConfig) -> dict[str, float]:
+    """Losses at the end and counted work."""
+    return {"loss/image": tail_mean(stage.curves, "image/loss", 5), "loss/text": tail_mean(stage.curves, "text/loss", 5),
+            **supervised_cost(policy.model.config, settings, tail_mean(stage.curves, "text/tokens", len(stage.curves)))}

@@ -1,0 +1,147 @@
+"""What every stage has in common: its config, its place to resume from, its tracker, its progress line, its output."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from unigrpo.config import Config, load_config
+from unigrpo.evaluation.outcomes import significant, write_metrics
+from unigrpo.progress import Progress
+from unigrpo.resume import resume_folder
+from unigrpo.tracking import Tracker, track
+
+ENLARGE = 4  # a 32-pixel picture is shown at 128 pixels
+
+
+@dataclass
+class Session:
+    """One stage execution.
+
+    Args:
+        config: checked. output: the folder the stage writes into. folder: its resume folder, outside DVC's outputs.
+        tracker, progress: where what happens is told.
+        curves: rows of curves.csv so far. gallery: rows of gallery.json so far.
+    """
+
+    config: Config
+    output: Path
+    folder: Path
+    tracker: Tracker
+    name: str
+    curves: list[dict[str, float]] = field(default_factory=list)
+    gallery: list[dict[str, Any]] = field(default_factory=list)
+    progress: Progress | None = None
+
+    def begin(self, what: str, total: int, start: int = 0) -> None:
+        """Show progress towards `total` steps."""
+        self.progress = Progress(f"{self.name} {what}".strip(), total, start=start)
+
+    def log(self, step: int, metrics: Mapping[str, float], **shown: float | str) -> None:
+        """Keep a row of the curves and tell the tracker. Values are what the curves hold: 6 significant digits."""
+        row = {name: significant(float(value)) for name, value in sorted(metrics.items()) if math.isfinite(float(value))}
+        self.curves.append({"step": step, **row})
+        self.tracker.log_metrics(step, row)
+        if self.progress is not None:
+            self.progress.step(step + 1, **shown)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed session needs of this one."""
+        return {"curves": self.curves, "gallery": self.gallery}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from an earlier session's state."""
+        self.curves, self.gallery = list(state["curves"]), list(state["gallery"])
+
+    def add_pictures(self, images: np.ndarray, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep pictures with their rows (step, prompt, thinking, ...) for the gallery.
+
+        Args:
+            images: (N, H, W, 3) float32 in [0, 1].
+        """
+        pictures = self.folder / "gallery"
+        pictures.mkdir(exist_ok=True)
+        for image, row in zip(images, rows, strict=True):
+            name = f"{len(self.gallery):05d}.png"
+            save_picture(image, pictures / name)
+            self.gallery.append({**row, "image": name})
+
+    def write(self, summary: Mapping[str, float]) -> dict[str, float]:
+        """Write curves.csv, gallery/ (where there is one) and training.json, and log them as artifacts."""
+        frame = pd.DataFrame(self.curves)
+        frame.to_csv(self.output / "curves.csv", index=False, lineterminator="\n", float_format="%.6g")
+        if self.gallery:
+            shutil.rmtree(self.output / "gallery", ignore_errors=True)
+            shutil.copytree(self.folder / "gallery", self.output / "gallery")
+            (self.output / "gallery" / "gallery.json").write_text(json.dumps(self.gallery, indent=1) + "\n", encoding="utf-8")
+            self.tracker.log_artifacts(self.output / "gallery", "gallery")
+        metrics = {name: significant(float(value)) for name, value in summary.items()}
+        write_metrics(metrics, self.output / "training.json")
+        self.tracker.log_artifacts(self.output / "curves.csv")
+        self.tracker.log_artifacts(self.output / "training.json")
+        return metrics
+
+
+@contextmanager
+def session(stage: str, name: str, *, scale: str, output: str, inputs: Sequence[str], root: Path,
+            provenance: Mapping[str, str] | None, run: str | None = None, seed: int | None = None) -> Iterator[Session]:
+    """Everything around a stage's own work.
+
+    Args:
+        stage, name: as in dvc.yaml. output: the folder written into, inputs: what is read, relative to `root`.
+    Raises: ValueError on bad params, a missing input or an output folder that cannot be written.
+    """
+    config = load_config(scale, run=run, seed=seed or 0, root=root)
+    torch.set_num_threads(config.compute.threads)
+    folder = writable(root / output)
+    values = config.model_dump(mode="json")
+    with resume_folder(root, stage, name, values, inputs) as resume, \
+            track(stage, name, values, provenance, root, resume) as tracker:
+        try:
+            yield Session(config, folder, resume, tracker, f"{stage} {name}")
+        except KeyboardInterrupt:
+            print(f"{stage} {name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
+            raise
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is missing. Raises ValueError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} must be a folder that this user may write into ({error.strerror}); change its "
+                         "permissions, or run from another checkout") from error
+    # Root may write anywhere; a folder marked read-only is still a wish to keep it as it is.
+    if not folder.stat().st_mode & 0o200 or not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} must be writable and is marked read-only; chmod u+w it, or run from another checkout")
+    return folder
+
+
+def save_picture(image: np.ndarray, path: Path) -> None:
+    """(H, W, 3) float32 in [0, 1] as PNG, small pictures enlarged without smoothing."""
+    pixels = np.round(image * 255).astype(np.uint8)
+    if pixels.shape[0] <= 64:
+        pixels = pixels.repeat(ENLARGE, axis=0).repeat(ENLARGE, axis=1)
+    Image.fromarray(pixels).save(path)
+
+
+def tail_mean(curves: Sequence[Mapping[str, float]], name: str, rows: int) -> float:
+    """Mean of a curve over its last rows."""
+    values = [row[name] for row in curves[-rows:] if name in row]
+    return sum(values) / len(values) if values else 0.0

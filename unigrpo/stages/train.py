@@ -1,0 +1,159 @@
+"""The RL loop of one run: policy, reward and callables are put together here and handed to unigrpo.train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unigrpo.checkpoint import (
+    load_checkpoint,
+    load_training_state,
+    restore_optimizers,
+    save_checkpoint,
+    save_training_state,
+    weights_digest,
+)
+from unigrpo.config import Config
+from unigrpo.cost import replay_flops, rollout_flops
+from unigrpo.evaluate import draw_grid
+from unigrpo.evaluation.shapes import verdict_rows
+from unigrpo.prompts.records import read_records
+from unigrpo.rewards import get_reward
+from unigrpo.rollout import BagelPolicy
+from unigrpo.seeding import generator, shuffled_index
+from unigrpo.stages.session import Session, session, tail_mean
+from unigrpo.train import train
+from unigrpo.types import PromptRecord, Reward, Rollouts
+from unigrpo.update import rl_optimizer, trainable_experts
+
+PROBE_SEED = 1_000_003  # probes look at other noise than evaluation does
+
+
+def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
+        provenance: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Train one run of params/runs.yaml with one seed. Returns its metrics."""
+    prompts, sft = f"artifacts/{scale}/prompts", f"artifacts/{scale}/sft/checkpoint"
+    with session("train", f"{scale}-{run}-{seed}", scale=scale, run=run, seed=seed, output=f"artifacts/{scale}/{run}/{seed}",
+                 inputs=(prompts, sft), root=root, provenance=provenance) as stage:
+        config = stage.config
+        policy = rl_policy(root / sft, config)
+        experts = trainable_experts(policy.model, config.train.experts)
+        names = [name for parameters in experts.values() for name in parameters]
+        policy.freeze_reference(names)
+        optimizer = rl_optimizer(experts, config.optim)
+        start = resume(stage, policy, optimizer)
+        records = read_records(root / prompts / "train.jsonl")
+        probes = read_records(root / prompts / "validation.jsonl")[:config.train.probe_prompts]
+        stage.begin("", config.train.num_steps, start)
+        policy.model.train()
+        train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, config), config,
+              draw=partial(generator, config.seed), log=partial(record, stage, policy, probes),
+              save=partial(save, stage, policy, optimizer), start_step=start)
+        policy.model.eval()
+        save_checkpoint(stage.output / "checkpoint", policy.model, policy.tokenizer)
+        return stage.write(summary(stage, policy))
+
+
+def rl_policy(checkpoint: Path, config: Config) -> BagelPolicy:
+    """The policy of a run: the checkpoint's weights, the run's own guidance and context gradient."""
+    rollout = config.rollout
+    guidance = (rollout.guidance_scale, rollout.guidance_renorm, rollout.guidance_interval)
+    return BagelPolicy(*load_checkpoint(checkpoint), system_prompt=rollout.system_prompt,
+                       guidance=guidance if rollout.guidance_scale > 1 else None,
+                       context_gradient=config.objective.image.context_gradient == "full")
+
+
+def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer) -> int:
+    """Restore an interrupted run, its reference included. Returns the step to go on with."""
+    found = load_training_state(stage.folder)
+    if found is None:
+        return 0
+    state, tensors = found
+    policy.model.load_state_dict(tensors["model"])
+    policy.reference_weights = tensors["extra"]
+    if weights_digest(policy.reference_weights) != state["reference"]:
+        raise ValueError(f"{stage.folder} holds another reference than its state.json names; remove that folder to start again")
+    restore_optimizers([optimizer], tensors["optimizer"])
+    stage.restore(state)
+    return int(state["step"])
+
+
+def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Save the training state every train.checkpoint_every steps, and at the end."""
+    settings = stage.config.train
+    if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps:
+        save_training_state(stage.folder, step + 1, policy.model, [optimizer],
+                            {**stage.state(), "reference": weights_digest(policy.reference_weights)},
+                            extra=policy.reference_weights)
+
+
+def step_prompts(records: Sequence[PromptRecord], config: Config, step: int) -> list[PromptRecord]:
+    """The P prompts of a step: epochs of keyed permutations of the train split."""
+    size = config.rollout.prompts_per_step
+    return [records[shuffled_index(i, len(records), config.seed, "train-order")] for i in range(step * size, (step + 1) * size)]
+
+
+def rewards_of(policy: BagelPolicy, config: Config, rollouts: Rollouts) -> list[Reward]:
+    """Every weighted reward of a batch of rollouts."""
+    images, texts = policy.decode(rollouts.image.final_latents), policy.thinking_texts(rollouts)
+    return [reward for name in config.reward.weights for reward in get_reward(name)(images, rollouts.prompts, texts)]
+
+
+def record(stage: Session, policy: BagelPolicy, probes: Sequence[PromptRecord], step: int, metrics: dict[str, float],
+           rollouts: Rollouts) -> None:
+    """Log a step; probe the policy and keep pictures where their turn has come."""
+    settings = stage.config.train
+    last = step + 1 == settings.num_steps
+    if (step + 1) % settings.probe_every == 0 or step == 0 or last:
+        metrics = metrics | probe(policy, probes, stage.config)
+    if step % settings.gallery_every == 0 or last:
+        rows = torch.arange(0, len(rollouts), rollouts.group_size)
+        images, texts = policy.decode(rollouts.image.final_latents[rows]), policy.thinking_texts(rollouts.select(rows))
+        scores = rewards_of(policy, stage.config, rollouts.select(rows))[0]
+        stage.add_pictures(images, [
+            {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text, "reward": round(float(score), 4)}
+            for i, text, score in zip(rows, texts, scores.value, strict=True)])
+    probed = {"probe_exact": metrics["probe/exact"]} if "probe/exact" in metrics else {}
+    stage.log(step, metrics, reward=metrics["reward/mean"], **probed)
+
+
+def probe(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *, samples: int = 2) -> dict[str, float]:
+    """probe/*: accuracy on validation prompts, headline cell. Never a benchmark: few prompts, and choices look at it."""
+    policy.model.eval()
+    frames = [verdict_rows(b.images, [p for p, _ in b.rows], b.texts, samples=[i for _, i in b.rows], cfg=b.cfg, cell=b.cell)
+              for b in draw_grid(policy, prompts, config, [("off", "on")], samples=samples, batch=config.evaluate.batch,
+                                 seed=PROBE_SEED)]
+    policy.model.train()
+    values = {name: float(np.mean(np.concatenate([f[name].to_numpy(dtype=float) for f in frames])))
+              for name in ("exact", "graded", "geneval", "plan_right")}
+    return {"probe/exact": values["exact"], "probe/graded": values["graded"], "probe/geneval": values["geneval"],
+            "probe/thinking_accuracy": values["plan_right"]}
+
+
+def summary(stage: Session, policy: BagelPolicy) -> dict[str, float]:
+    """Means over the last tenth of the run, the last probe, and counted work."""
+    config, curves = stage.config, stage.curves
+    rows, model = max(1, len(curves) // 10), policy.model.config
+    out = {name: tail_mean(curves, name, rows) for name in
+           ("reward/mean", "reward/zero_std_groups", "text/clip_fraction", "image/clip_fraction", "text/entropy",
+            "image/velocity_mse", "image/latent_kl", "thinking/length", "thinking/truncated",
+            "mismatch/text", "mismatch/image")}
+    out |= {name: row[name] for row in curves for name in row if name.startswith("probe/")}
+    totals = {name: sum(row.get(name, 0.0) for row in curves) for name in
+              ("cost/text_tokens", "cost/images", "cost/model_calls", "cost/prompt_tokens", "cost/reference_passes")}
+    prompts = config.rollout.prompts_per_step * len(curves)
+    rollouts = int(totals["cost/images"])
+    thinking, prompt = totals["cost/text_tokens"] / max(1, rollouts), totals["cost/prompt_tokens"] / max(1, rollouts)
+    sampling = rollout_flops(model, rollouts=rollouts, prompt_tokens=prompt, thinking_tokens=thinking, prompts=prompts,
+                             model_calls=int(totals["cost/model_calls"]))
+    replay = replay_flops(model, rollouts=rollouts, text_tokens=prompt + thinking + 1, thinking_tokens=thinking,
+                          window=config.rollout.window.size)
+    reference = totals["cost/reference_passes"] / max(1, len(curves))
+    return out | {"cost/prompts": float(prompts), "cost/images": totals["cost/images"],
+                  "cost/text_tokens": totals["cost/text_tokens"], "cost/model_calls": totals["cost/model_calls"],
+                  "cost/updates": float(config.train.updates_per_rollout * len(curves)),
+                  "cost/flops": sampling + (1 + reference + 3) * replay}
