@@ -21,12 +21,14 @@ from unigrpo.seeding import generator
 from unigrpo.types import PromptRecord
 from unigrpo.worlds.shapes.prompts import TAGS, sample_record
 from unigrpo.worlds.shapes.reasoning import KINDS
+from unigrpo.worlds.shapes.thinking import parse_plan, plan_satisfies, sft_thinking
 
 SPLITS: tuple[str, ...] = ("sft", "train", "validation", "eval")
+SHARES: dict[str, float] = {"sft": 0.38, "train": 0.32, "validation": 0.08, "eval": 0.22}  # of all specifications
 PATIENCE = 600  # draws without a new prompt after which a stratum counts as exhausted
 
 
-def split_of(key: str, seed: int, shares: Mapping[str, float]) -> str:
+def split_of(key: str, seed: int, shares: Mapping[str, float] = SHARES) -> str:
     """The split that owns a specification: a keyed draw, with the given shares of all specifications."""
     u = generator(seed, "split", key).random() * sum(shares.values())
     edges = np.cumsum([shares[split] for split in SPLITS])
@@ -38,12 +40,12 @@ def _strata(reasoning_kinds: Sequence[str], reasoning_share: float, tags: Sequen
     kinds = list(reasoning_kinds) if reasoning_share > 0 else []
     share = reasoning_share if kinds else 0.0
     plain = {f"plain/{tag}": (1 - share) / len(tags) for tag in tags}
-    return {name: value for name, value in {**plain, **{f"reasoning/{k}": share / len(kinds) for k in kinds}}.items() if value > 0}
+    return {name: value for name, value in (plain | {f"reasoning/{k}": share / len(kinds) for k in kinds}).items() if value > 0}
 
 
-def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float], reasoning_kinds: Sequence[str] = KINDS,
-             reasoning_share: float = 0.65, heldout_share: float = 0.15, eval_heldout_share: float = 0.3,
-             max_paraphrases: int = 2, tags: Sequence[str] = TAGS, **world: Any) -> dict[str, list[PromptRecord]]:
+def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float] = SHARES,
+             reasoning_kinds: Sequence[str] = KINDS, reasoning_share: float = 0.65, heldout_share: float = 0.15,
+             heldout_eval_share: float = 0.3, max_paraphrases: int = 2, tags: Sequence[str] = TAGS, **world: Any) -> dict[str, list[PromptRecord]]:
     """Prompts for every split, balanced over categories and kinds of reasoning.
 
     Args:
@@ -52,7 +54,7 @@ def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float]
         shares: share of all specifications that each split owns.
         reasoning_kinds, reasoning_share: which kinds, and the share of prompts that need one.
         heldout_share: share of (phrase, partner) pairs that only evaluation sees.
-        eval_heldout_share: share of evaluation's reasoning prompts made of them.
+        heldout_eval_share: share of evaluation's reasoning prompts made of them.
         max_paraphrases: prompts per specification in validation and eval; more would be counted as evidence twice.
         tags: GenEval categories in use.
         world: further keywords of `sample_record` (reasoning_difficulty, max_objects, four_share, cell_share).
@@ -71,7 +73,8 @@ def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float]
     quota: dict[tuple[str, str], int] = {}
     for split, (name, share) in ((split, item) for split in SPLITS for item in strata.items()):
         wanted = round(sizes[split] * share)
-        held = round(wanted * eval_heldout_share) if split == "eval" and name.startswith("reasoning/") and heldout_share > 0 else 0
+        can_hold = split == "eval" and name.startswith("reasoning/") and heldout_share > 0
+        held = round(wanted * heldout_eval_share) if can_hold else 0
         quota[split, name] = wanted - held
         if held:
             quota[split, name + "/heldout"] = held
@@ -135,17 +138,28 @@ def statistics(splits: Mapping[str, Sequence[PromptRecord]]) -> dict[str, Any]:
             "needs_reasoning": round(sum(r.needs_reasoning for r in records) / max(len(records), 1), 4),
             "held_out_combinations": sum(r.source.endswith("/heldout") for r in records),
             "objects": {str(k): objects[k] for k in sorted(objects)},
+            "wrong_plans": sum(r.thinking is not None and not plan_satisfies(parse_plan(r.thinking), r) for r in records),
             "words": {"mean": round(sum(words) / max(len(words), 1), 2), "max": max(words, default=0)}}
     return report
 
 
-def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float],
-           extra: Mapping[str, Sequence[PromptRecord]] | None = None, **settings: Any) -> dict[str, float]:
+def add_thinking(records: Sequence[PromptRecord], *, seed: int, error_share: float,
+                 systematic_share: float) -> list[PromptRecord]:
+    """The records with a thinking each, some of the reasoning prompts' being wrong; see `thinking.sft_thinking`."""
+    return [replace(r, thinking=sft_thinking(r, generator(seed, "thinking", r.id), error_share, systematic_share)[0])
+            for r in records]
+
+
+def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], thinking_error: float, systematic_share: float,
+           shares: Mapping[str, float] = SHARES, extra: Mapping[str, Sequence[PromptRecord]] | None = None,
+           **settings: Any) -> dict[str, float]:
     """Write `<split>.jsonl`, `statistics.json` and `leakage.json`.
 
     Args:
         folder: where to write; nothing is written if anything leaks.
         seed, sizes, shares, settings: see `generate`.
+        thinking_error: share of wrong plans among the sft split's reasoning prompts.
+        systematic_share: share of these that are the concept's systematic mistake.
         extra: split -> imported records that join the generated ones (a benchmark's prompts in eval, say).
     Returns: metrics, flat: prompts per split, share that needs reasoning, dropped duplicates, leaks (0).
     Raises: ValueError naming both prompts and their splits if a prompt, its canonical text or its specification is in two.
@@ -159,6 +173,9 @@ def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], shares: Mapping
         splits[split] = merged
         dropped += removed
     refuse_leaks(splits)
+    splits["sft"] = [r if r.thinking is not None else thought for r, thought in zip(
+        splits["sft"], add_thinking(splits["sft"], seed=seed, error_share=thinking_error,
+                                    systematic_share=systematic_share), strict=True)]
     report = leakage_report(splits)
     folder.mkdir(parents=True, exist_ok=True)
     for split, records in splits.items():
@@ -168,6 +185,7 @@ def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], shares: Mapping
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     metrics: dict[str, float] = {"curate/leaks": report["leaks"], "curate/duplicates_dropped": dropped,
                                  "curate/eval_held_out": report["evaluation"]["held_out_combinations"]}
+    metrics["curate/sft_wrong_plans"] = round(stats["sft"]["wrong_plans"] / stats["sft"]["prompts"], 4)
     for split, entry in stats.items():
         metrics[f"curate/{split}_prompts"] = entry["prompts"]
         metrics[f"curate/{split}_specifications"] = entry["specifications"]

@@ -47,7 +47,8 @@ def _check_clause(clause: object, where: str) -> None:
     assert isinstance(clause, dict)
     for key, kind in (("class", str), ("count", int)):
         _check(key in clause, where, f"the key {key!r} in every clause", clause)
-        _check(isinstance(clause[key], kind) and not isinstance(clause[key], bool), where, f"{key!r} to be {kind.__name__}", clause[key])
+        right = isinstance(clause[key], kind) and not isinstance(clause[key], bool)
+        _check(right, where, f"{key!r} to be {kind.__name__}", clause[key])
     _check(clause["count"] >= 1, where, "'count' of at least 1", clause["count"])
     _check(isinstance(clause.get("color", ""), str), where, "'color' to be str", clause.get("color"))
     position = clause.get("position")
@@ -98,8 +99,9 @@ def read_records(path: Path) -> list[PromptRecord]:
     seen: dict[str, int] = {}
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
-            record = parse_record(line, f"{path}, line {number}")
-            _check(record.id not in seen, f"{path}, line {number}", "an id of its own", f"{record.id} of line {seen.get(record.id)}")
+            where = f"{path}, line {number}"
+            record = parse_record(line, where)
+            _check(record.id not in seen, where, "an id of its own", f"{record.id} of line {seen.get(record.id)}")
             seen[record.id] = number
             records.append(record)
     if not records:

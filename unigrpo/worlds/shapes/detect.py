@@ -80,7 +80,7 @@ class Components:
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """(4 * K, 169) integer templates, K per shape (sizes x offsets), centred on their centroids; and their energies (4 * K,)."""
+    """(4 * K, 169) integer templates, K per shape (sizes x offsets), centred on their centroids; (4 * K,) their energies."""
     grid = np.arange(-HALF, HALF + 1, dtype=np.float64)
     side = len(grid)
     combos = [(s, scale, dx, dy) for s in range(len(SHAPES)) for scale in _SCALES for dx in _OFFSETS for dy in _OFFSETS]
@@ -108,7 +108,7 @@ def _dilate(labels: np.ndarray) -> np.ndarray:
 
 
 def _label(deviation: np.ndarray) -> tuple[np.ndarray, int]:
-    """Components of solid pixels, 4-connected, never across images; specks removed. (N, H, W) int32 labels from 1, and how many."""
+    """Components of solid pixels, 4-connected, never across images, specks removed: (N, H, W) int32 from 1, and how many."""
     flat = deviation.reshape(-1, 3)
     near = np.flatnonzero(np.abs(flat).max(1) > 0.25 * 255)
     along = (flat[near] @ _AXES.T).astype(np.float64) / _NORMS  # (n, 6): integers below 2^24, exact
@@ -128,8 +128,11 @@ def _faint(deviation: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, np.n
     """Things too faint or too small to be components: (images, boxes) with the strongest one of each image that has any."""
     left = np.where((covered == 0)[..., None], deviation, 0.0)
     padded = np.pad(left, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    rows = sum(padded[:, i : i + IMAGE_SIZE] for i in range(5))
-    total = sum(rows[:, :, i : i + IMAGE_SIZE] for i in range(5))  # (N, H, W, 3) sums over 25 px
+    rows, total = np.zeros_like(padded[:, 4:]), np.zeros_like(left)  # total: (N, H, W, 3) sums over 25 px
+    for i in range(5):
+        rows += padded[:, i : i + IMAGE_SIZE]
+    for i in range(5):
+        total += rows[:, :, i : i + IMAGE_SIZE]
     strength = np.einsum("nhwc,nhwc->nhw", total, total).reshape(len(total), -1)
     place = strength.argmax(1)
     images = np.flatnonzero(strength[np.arange(len(total)), place] > (25 * 255 * FAINT) ** 2)
@@ -161,10 +164,8 @@ def detect_arrays(images: np.ndarray) -> Components:
     owner = np.zeros(count, dtype=np.int64)
     owner[own] = image
     box = np.tile([IMAGE_SIZE, IMAGE_SIZE, 0, 0], (count, 1))
-    np.minimum.at(box, (own, 0), x)
-    np.minimum.at(box, (own, 1), y)
-    np.maximum.at(box, (own, 2), x + 1)
-    np.maximum.at(box, (own, 3), y + 1)
+    for side, extreme, value in ((0, np.minimum, x), (1, np.minimum, y), (2, np.maximum, x + 1), (3, np.maximum, y + 1)):
+        extreme.at(box[:, side], own, value)
 
     # A component's window: its own pixels and the empty ones that do not lie next to another component.
     span = np.arange(2 * HALF + 1)
@@ -204,9 +205,9 @@ def detect_arrays(images: np.ndarray) -> Components:
     local = ((rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) ** 2).sum(3)
     mass = alpha.astype(np.float64).sum(1) / _nominal_mass()[shape]
     outside = 1.0 - inside.reshape(count, len(span) ** 2).sum(1) / area  # of a component larger than its window
+    whole = local.reshape(count, (len(span) - 2) ** 2).max(1) < (9 * 255 * MAX_LOCAL_RESIDUAL) ** 2
     shape_ok = ((ranked[:, 0] < MAX_SHAPE_RESIDUAL) & (ranked[:, 1] - ranked[:, 0] > MIN_MARGIN)
-                & (unexplained < MAX_RESIDUAL) & (local.reshape(count, (len(span) - 2) ** 2).max(1) < (9 * 255 * MAX_LOCAL_RESIDUAL) ** 2)
-                & (mass > MIN_MASS) & (outside == 0))
+                & (unexplained < MAX_RESIDUAL) & whole & (mass > MIN_MASS) & (outside == 0))
     color_ok = (nearest[:, 0] < MAX_COLOR_DISTANCE) & (nearest[:, 1] - nearest[:, 0] > MIN_COLOR_MARGIN)
 
     return _ordered(
@@ -230,6 +231,7 @@ def detect(images: np.ndarray) -> list[list[Detection]]:
     parts = detect_arrays(images)
     for image, shape, color, box, score in zip(parts.image.tolist(), parts.shape.tolist(), parts.color.tolist(),
                                                parts.box.tolist(), parts.score.tolist(), strict=True):
+        x0, y0, x1, y1 = box
         found[image].append(Detection(SHAPES[shape] if shape >= 0 else UNKNOWN, COLORS[color] if color >= 0 else UNKNOWN,
-                                      tuple(box), score))
+                                      (x0, y0, x1, y1), score))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -120,6 +120,12 @@ def make_record(spec: Specification, prompt: str, index: int = -1, inference: In
                         reasoning=inference.kind if inference is not None else None)
 
 
+def _weighted(tags: Sequence[str], weights: Mapping[str, float], rng: np.random.Generator) -> str:
+    """One of the categories, by weight."""
+    p = np.array([weights[tag] for tag in tags])
+    return tags[int(rng.choice(len(tags), p=p / p.sum()))]
+
+
 def _reasoning_spec(kind: str, tag_weights: Mapping[str, float], rng: np.random.Generator, *, size: int, cell_share: float,
                     difficulty: int) -> tuple[Specification, int, Inference] | None:
     """One try at a specification and an attribute of it that this kind can say."""
@@ -127,8 +133,7 @@ def _reasoning_spec(kind: str, tag_weights: Mapping[str, float], rng: np.random.
     tags = [tag for tag in CATEGORIES_OF[attribute] if tag_weights.get(tag, 0.0) > 0]
     if not tags:
         return None
-    weights = np.array([tag_weights[tag] for tag in tags])
-    spec = sample_specification(tags[int(rng.choice(len(tags), p=weights / weights.sum()))], rng, size=size, cell_share=cell_share)
+    spec = sample_specification(_weighted(tags, tag_weights, rng), rng, size=size, cell_share=cell_share)
     index = int(rng.integers(len(spec.clauses)))
     if attribute == "count":  # a lone object can be the answer too: three minus two circles
         index = int(np.argmax([clause.count for clause in spec.clauses]))
@@ -160,7 +165,7 @@ def sample_record(rng: np.random.Generator, *, reasoning_kinds: Sequence[str] = 
         reasoning_share: probability that the prompt leaves one attribute to be inferred.
         reasoning_difficulty: 1 or 2, see `reasoning.infer`.
         tag_weights: relative weights of TAGS, None means equal; an inferred attribute restricts the choice.
-        max_objects: 1 to 4 objects in the common case.
+        max_objects: 1 to 4 objects in the common case; a category may need two.
         four_share: probability that up to four objects are allowed.
         cell_share: probability that a place is given, where the category allows it.
         heldout_share: share of (phrase, partner) pairs reserved for evaluation; their records have source "shapes/heldout".
@@ -178,16 +183,14 @@ def sample_record(rng: np.random.Generator, *, reasoning_kinds: Sequence[str] = 
         size = 1 + int(rng.integers(limit))
         if kind is not None:
             found = _reasoning_spec(kind, weights, rng, size=size, cell_share=cell_share, difficulty=reasoning_difficulty)
-            if found is None or found[0].size > limit:
+            if found is None:
                 continue
             spec, index, inference = found
             return make_record(spec, opener + prompt_text(spec, index, inference), index, inference,
                                heldout=is_heldout(inference, spec, index, heldout_share))
         tags = [tag for tag in TAGS if weights.get(tag, 0.0) > 0]
-        p = np.array([weights[tag] for tag in tags])
-        spec = sample_specification(tags[int(rng.choice(len(tags), p=p / p.sum()))], rng, size=size, cell_share=cell_share)
-        if spec.size <= limit:
-            return make_record(spec, opener + prompt_text(spec))
+        spec = sample_specification(_weighted(tags, weights, rng), rng, size=size, cell_share=cell_share)
+        return make_record(spec, opener + prompt_text(spec))
 
 
 def sample_scene(record: PromptRecord, rng: np.random.Generator) -> Scene:
@@ -212,19 +215,19 @@ def _caption(scene: Scene, rng: np.random.Generator) -> tuple[str, Specification
     return prompt_text(Specification(clauses)), Specification(clauses)
 
 
-def caption_text(scene: Scene, rng: np.random.Generator, reserved: Collection[str] = frozenset()) -> str:
+def caption_text(scene: Scene, rng: np.random.Generator, reserved: Callable[[str], bool] | None = None) -> str:
     """A literal caption of a scene in the words of plain prompts, for pretraining.
 
     Args:
         scene: what is to be described.
         rng: draws the phrasing.
-        reserved: keys of specifications (`Specification.key`) that must not be told, those of the evaluation prompts: such a
-            scene gets another caption, or at last an explicit plan.
+        reserved: which specifications (`Specification.key`) must not be told, those of evaluation prompts, say: such a scene
+            gets another caption, or at last an explicit plan.
     """
     opener = OPENERS[int(rng.integers(len(OPENERS)))]
     for _ in range(8):
         text, spec = _caption(scene, rng)
-        if spec.key() not in reserved:
+        if reserved is None or not reserved(spec.key()):
             return opener + text
     return plan_text(scene, rng)
 

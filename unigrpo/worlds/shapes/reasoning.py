@@ -104,7 +104,7 @@ def _choice(kind: str, attribute: str, value: str, plural: bool, rng: np.random.
         words, others = ([PLURALS[w] if plural else f"a {w}" for w in group] for group in (words, others))
     denied = f"not {others[0]}" if size == 2 else f"neither {others[0]} nor {others[1]}"
     phrase = f"that {'are' if plural else 'is'} {_listed(words, 'or')} but {denied}"
-    return Inference(kind, attribute, phrase, "not" if size == 2 else "neither", [w for w in pool if w in " ".join(others)][0])
+    return Inference(kind, attribute, phrase, "not" if size == 2 else "neither", next(w for w in pool if w in " ".join(others)))
 
 
 def infer(kind: str, attribute: str, value: Any, rng: np.random.Generator, *, difficulty: int = 1, plural: bool = False,
@@ -134,10 +134,12 @@ def infer(kind: str, attribute: str, value: Any, rng: np.random.Generator, *, di
         return Inference(kind, attribute, f"with {concept}", concept, _hashed(concept, [s for s in SHAPES if s != value]))
     if kind == "world_color":
         concept = _pick(rng, WORLD[value][: 2 if difficulty == 1 else None])
-        return Inference(kind, attribute, f"in the color of {concept}", concept, _hashed(concept, [c for c in COLORS if c != value]))
+        wrong = _hashed(concept, [c for c in COLORS if c != value])
+        return Inference(kind, attribute, f"in the color of {concept}", concept, wrong)
     if value not in MIXTURES:
         return None
     first, second = MIXTURES[value] if rng.random() < 0.5 else MIXTURES[value][::-1]
     concept = " and ".join(MIXTURES[value])
     phrase = _pick(rng, (f"in the mix of {first} and {second}", f"in the color that {first} and {second} make"))
-    return Inference(kind, attribute, phrase, concept, _hashed(concept, [c for c in COLORS if c not in (value, *MIXTURES[value])]))
+    wrong = _hashed(concept, [c for c in COLORS if c not in (value, first, second)])
+    return Inference(kind, attribute, phrase, concept, wrong)

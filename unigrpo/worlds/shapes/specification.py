@@ -1,6 +1,6 @@
 """What a prompt asks for, freed from its words: clauses of distinct shapes, at most one relation.
 
-Two prompts with the same specification are paraphrases of each other; splits are disjoint in specifications (prompts/curate.py).
+Two prompts with the same specification are paraphrases; the splits are disjoint in specifications (prompts/curate.py).
 """
 
 from __future__ import annotations

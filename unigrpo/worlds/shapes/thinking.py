@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from unigrpo.types import PromptRecord
-from unigrpo.worlds.shapes.scene import CELLS, COLORS, MAX_OBJECTS, OPPOSITES, SHAPES, Object, Scene
+from unigrpo.worlds.shapes.scene import CELLS, COLORS, MAX_OBJECTS, OPPOSITES, RELATIONS, SHAPES, Object, Scene
 from unigrpo.worlds.shapes.specification import draw, satisfies, specification, with_attribute
 
 OPENERS: tuple[str, ...] = ("i will draw", "the picture shows", "plan :", "draw", "first")
@@ -84,23 +86,17 @@ def wrong_plan(record: PromptRecord, rng: np.random.Generator, *, systematic: bo
             say, and "not" is always overlooked): greedy decoding learns it too. False draws any wrong value.
     Raises: ValueError if the prompt has nothing to infer.
     """
-    index, inferred = next(((i, c["inferred"]) for i, c in enumerate(record.include) if "inferred" in c), (-1, {}))
-    if not inferred:
+    index = next((i for i, clause in enumerate(record.include) if "inferred" in clause), None)
+    if index is None:
         raise ValueError(f"a wrong plan needs something to infer, got the plain prompt {record.prompt!r} ({record.id})")
-    spec = specification(record)
-    attribute = inferred["attribute"]
-    value: object = inferred["misread"]
+    spec, clause = specification(record), record.include[index]
+    attribute, value = clause["inferred"]["attribute"], clause["inferred"]["misread"]
     if not systematic:
-        room = MAX_OBJECTS - spec.size + spec.clauses[index].count
-        right: object
-        if attribute == "position":
-            assert spec.relation is not None
-            right, choices = spec.relation[0], [OPPOSITES[spec.relation[0]]]
-        else:
-            right = {"count": spec.clauses[index].count, "color": spec.clauses[index].color,
-                     "class": spec.clauses[index].shape}[attribute]
-            choices = {"count": list(range(1, room + 1)), "color": list(COLORS), "class": list(SHAPES)}[attribute]
-        wrong = [choice for choice in choices if choice != right]
+        right = clause["position"][0] if attribute == "position" else clause[attribute]
+        room = MAX_OBJECTS - spec.size + clause["count"]
+        choices: dict[str, Sequence[Any]] = {"count": range(1, room + 1), "color": COLORS, "class": SHAPES,
+                                             "position": tuple(OPPOSITES[name] for name in RELATIONS if name == right)}
+        wrong = [choice for choice in choices[attribute] if choice != right]
         value = wrong[int(rng.integers(len(wrong)))]
     return draw(with_attribute(spec, index, attribute, value), rng)
 

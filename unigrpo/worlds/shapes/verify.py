@@ -102,7 +102,8 @@ def judge(found: Components, records: Sequence[PromptRecord]) -> dict[str, np.nd
     row = np.arange(found.size)
     name, subject, target = relation.T
     offset = center[row, subject] - center[row, target]
-    revised = np.maximum(np.abs(offset) - POSITION_THRESHOLD * (extent[row, subject] + extent[row, target]), 0) * np.sign(offset)
+    slack = POSITION_THRESHOLD * (extent[row, subject] + extent[row, target])
+    revised = np.maximum(np.abs(offset) - slack, 0) * np.sign(offset)
     cosine = (revised * _AXIS[name]).sum(1) / np.maximum(np.sqrt((offset ** 2).sum(1)), 1e-6)
     seen = (number[row, subject] > 0) & (number[row, target] > 0)
     related = (name < 0) | (seen & (cosine > 0.5))
