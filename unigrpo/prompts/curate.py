@@ -45,7 +45,9 @@ def _strata(reasoning_kinds: Sequence[str], reasoning_share: float, tags: Sequen
 
 def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float] = SHARES,
              reasoning_kinds: Sequence[str] = KINDS, reasoning_share: float = 0.65, heldout_share: float = 0.15,
-             heldout_eval_share: float = 0.3, max_paraphrases: int = 2, tags: Sequence[str] = TAGS, **world: Any) -> dict[str, list[PromptRecord]]:
+             heldout_eval_share: float = 0.3,
+             max_paraphrases: int = 2, tags: Sequence[str] = TAGS,
+             **world: Any) -> dict[str, list[PromptRecord]]:
     """Prompts for every split, balanced over categories and kinds of reasoning.
 
     Args:
@@ -57,7 +59,7 @@ def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float]
         heldout_eval_share: share of evaluation's reasoning prompts made of them.
         max_paraphrases: prompts per specification in validation and eval; more would be counted as evidence twice.
         tags: GenEval categories in use.
-        world: further keywords of `sample_record` (reasoning_difficulty, max_objects, four_share, cell_share).
+        world: further keywords of `sample_record` (reasoning_difficulty, object_shares, cell_share).
     Returns: split -> records, in a keyed random order.
     Raises: ValueError for unknown splits, or if a split cannot be filled.
     """

@@ -18,7 +18,8 @@ def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | N
         metrics = curate(
             stage.output, seed=config.curate.seed, sizes={split: getattr(config.curate, split) for split in SPLITS},
             thinking_error=config.sft.thinking_error, systematic_share=config.sft.systematic_share,
-            heldout_eval_share=config.curate.heldout_eval_share, **config.world.model_dump())
+            heldout_eval_share=config.curate.heldout_eval_share, shares=config.curate.shares.model_dump(),
+            max_paraphrases=config.curate.max_paraphrases, **config.world.model_dump())
         write_metrics(metrics, root / f"artifacts/{scale}/curate.json")
         stage.tracker.log_metrics(0, metrics)
         for name in ("statistics.json", "leakage.json"):

@@ -155,8 +155,9 @@ def _reasoning_spec(kind: str, tag_weights: Mapping[str, float], rng: np.random.
 
 
 def sample_record(rng: np.random.Generator, *, reasoning_kinds: Sequence[str] = KINDS, reasoning_share: float = 0.65,
-                  reasoning_difficulty: int = 1, tag_weights: Mapping[str, float] | None = None, max_objects: int = 3,
-                  four_share: float = 0.06, cell_share: float = 0.3, heldout_share: float = 0.15) -> PromptRecord:
+                  reasoning_difficulty: int = 1, tag_weights: Mapping[str, float] | None = None,
+                  object_shares: Sequence[float] = (0.30, 0.40, 0.24, 0.06), cell_share: float = 0.3,
+                  heldout_share: float = 0.15) -> PromptRecord:
     """One random prompt.
 
     Args:
@@ -165,8 +166,7 @@ def sample_record(rng: np.random.Generator, *, reasoning_kinds: Sequence[str] = 
         reasoning_share: probability that the prompt leaves one attribute to be inferred.
         reasoning_difficulty: 1 or 2, see `reasoning.infer`.
         tag_weights: relative weights of TAGS, None means equal; an inferred attribute restricts the choice.
-        max_objects: 1 to 4 objects in the common case; a category may need two.
-        four_share: probability that up to four objects are allowed.
+        object_shares: weights of aiming at one, two, three, four objects; a category has its own least and most.
         cell_share: probability that a place is given, where the category allows it.
         heldout_share: share of (phrase, partner) pairs reserved for evaluation; their records have source "shapes/heldout".
     Raises: ValueError for an unknown kind or category.
@@ -175,12 +175,12 @@ def sample_record(rng: np.random.Generator, *, reasoning_kinds: Sequence[str] = 
     if unknown:
         raise ValueError(f"reasoning kinds must be among {KINDS} and categories among {TAGS}, got {unknown}")
     weights = dict.fromkeys(TAGS, 1.0) if tag_weights is None else dict(tag_weights)
+    sizes = np.array(object_shares, dtype=np.float64)
     opener = OPENERS[int(rng.integers(len(OPENERS)))]
     reasons = bool(reasoning_kinds) and rng.random() < reasoning_share
     kind = reasoning_kinds[int(rng.integers(len(reasoning_kinds)))] if reasons else None
     while True:
-        limit = 4 if rng.random() < four_share else max_objects
-        size = 1 + int(rng.integers(limit))
+        size = 1 + int(rng.choice(len(sizes), p=sizes / sizes.sum()))
         if kind is not None:
             found = _reasoning_spec(kind, weights, rng, size=size, cell_share=cell_share, difficulty=reasoning_difficulty)
             if found is None:
@@ -224,6 +224,7 @@ def caption_text(scene: Scene, rng: np.random.Generator, reserved: Callable[[str
         reserved: which specifications (`Specification.key`) must not be told, those of evaluation prompts, say: such a scene
             gets another caption, or at last an explicit plan.
     """
+    sizes = np.array(object_shares, dtype=np.float64)
     opener = OPENERS[int(rng.integers(len(OPENERS)))]
     for _ in range(8):
         text, spec = _caption(scene, rng)
