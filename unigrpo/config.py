@@ -31,14 +31,13 @@ class WorldConfig(Section):
     reasoning_kinds: tuple[Literal["arithmetic", "sides", "world_color", "negation", "opposite", "comparison", "ordinal",
                                    "mixture"], ...]
     reasoning_difficulty: Literal[1, 2]
-    max_objects: int = Field(ge=1, le=4)
-    four_share: Share
+    object_shares: tuple[Rate, Rate, Rate, Rate]
     cell_share: Share
     heldout_share: Share
 
 
 class SplitShares(Section):
-    """Which share of all specifications each split owns."""
+    """Shares of all specifications that each split owns."""
 
     sft: float = Field(gt=0)
     train: float = Field(gt=0)
@@ -55,8 +54,8 @@ class CurateConfig(Section):
     validation: Positive
     eval: Positive
     shares: SplitShares
-    max_paraphrases: Positive
     heldout_eval_share: Share
+    max_paraphrases: Positive
 
 
 class ModelConfig(Section):
