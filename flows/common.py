@@ -18,7 +18,7 @@ class StageFlow(FlowSpec):
     """Parameters of every stage's flow: the stage's name, and what the launcher knows about its execution. A step on
     another machine has no git and not our environment, so provenance comes as Parameters."""
 
-    name = Parameter("name", help="the stage's item in dvc.yaml, such as tiny-unigrpo-0", required=True)
+    item = Parameter("item", help="the stage's item in dvc.yaml, such as tiny-unigrpo-0", required=True)
     git_commit = Parameter("git_commit", default="unknown", help="of the checkout that launched")
     git_dirty = Parameter("git_dirty", default="unknown", help="true, false or unknown")
     dvc_stage = Parameter("dvc_stage", default="unknown", help="as DVC names it")
@@ -34,11 +34,11 @@ def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
 
     known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
     try:
-        return run_stage(stage, str(flow.name), ROOT, known)
+        return run_stage(stage, str(flow.item), ROOT, known)
     except ValueError as error:
         if os.environ.get("UNIGRPO_TRACEBACK"):
             raise
-        print(f"{stage} {flow.name}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        print(f"{stage} {flow.item}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -98,8 +98,8 @@ def fill_card(flow: StageFlow, stage: str, gallery: str, limit: int = 24) -> Non
 
     from unigrpo.stages import parse_name
 
-    folder = ROOT / parse_name(stage, str(flow.name), ROOT).output
-    current.card.append(Markdown(f"# {stage} {flow.name}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}"))
+    folder = ROOT / parse_name(stage, str(flow.item), ROOT).output
+    current.card.append(Markdown(f"# {stage} {flow.item}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}"))
     if stage == "train" and (folder / "curves.csv").is_file():
         current.card.append(Image.from_matplotlib(curves_figure(folder / "curves.csv")))
     rows = gallery_rows(folder / gallery, limit)

@@ -8,6 +8,7 @@ stage's Metaflow flow as a child that cannot outlive it.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,9 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "85899
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "true",
            "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1", "ITERATIVE_DO_NOT_TRACK": "1"}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+
+STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (\[\d+/\w+/\d+ \(pid \d+\)\] ?)?")  # Metaflow's, on every line
+CHATTER = re.compile(r"Workflow starting|Task is starting|Task finished successfully|Done!$|Flushing logs|Terminating 0|\s*$")
 
 
 def git(*arguments: str) -> str | None:
@@ -85,11 +89,16 @@ def run_flow(job: Job, config: Config) -> int:
     """Run the stage's flow on this machine and wait for it. Returns its exit status."""
     fields = [part for key, value in provenance(job, config).items() for part in (f"--{key}", value)]
     command = [sys.executable, str(ROOT / "flows" / f"{job.stage}_flow.py"), "--quiet", "--no-pylint", "run",
-               "--name", job.name, *fields]
-    child = subprocess.Popen(command, cwd=ROOT, env=environment(config, os.environ))
+               "--item", job.name, *fields]
+    child = subprocess.Popen(command, cwd=ROOT, env=environment(config, os.environ), text=True, errors="replace",
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Ctrl-C reaches the whole group: the step stops where it can go on later, and we wait for it to do so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    assert child.stdout is not None
+    for line in child.stdout:
+        if not CHATTER.match(line := STAMP.sub("", line)):
+            print(line, end="", flush=True)
     return child.wait()
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("unigrpo", "flows", "params", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml", "constraints.txt")
 
 
 def copy_environment(**changes: str) -> dict[str, str]:
@@ -30,9 +31,10 @@ def run_in(folder: Path, *command: str, check: bool = True, **changes: str) -> s
     return done
 
 
-def make_copy(folder: Path, *, scale: str = "smoke", runs: tuple[str, ...] = ("unigrpo",), seeds: tuple[int, ...] = (0,)) -> Path:
+def make_copy(folder: Path, *, scale: str = "smoke", runs: tuple[str, ...] = ("unigrpo",), seeds: tuple[int, ...] = (0,)
+              ) -> Path:
     """A copy of the code, without results and state, as a git repository of its own that lists one scale's experiments."""
-    for name in ("unigrpo", "flows", "params", ".dvc", "dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml", "constraints.txt"):
+    for name in CODE:
         source = ROOT / name
         ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local", ".metaflow")
         if source.is_dir():
