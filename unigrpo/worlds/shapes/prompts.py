@@ -224,7 +224,6 @@ def caption_text(scene: Scene, rng: np.random.Generator, reserved: Callable[[str
         reserved: which specifications (`Specification.key`) must not be told, those of evaluation prompts, say: such a scene
             gets another caption, or at last an explicit plan.
     """
-    sizes = np.array(object_shares, dtype=np.float64)
     opener = OPENERS[int(rng.integers(len(OPENERS)))]
     for _ in range(8):
         text, spec = _caption(scene, rng)
