@@ -10,10 +10,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from unigrpo.prompts.leakage import canonical_text, deduplicate, leakage_report, refuse_leaks, specification_key
 from unigrpo.prompts.records import write_records
@@ -25,14 +24,23 @@ from unigrpo.worlds.shapes.thinking import parse_plan, plan_satisfies, sft_think
 
 SPLITS: tuple[str, ...] = ("sft", "train", "validation", "eval")
 SHARES: dict[str, float] = {"sft": 0.38, "train": 0.32, "validation": 0.08, "eval": 0.22}  # of all specifications
-PATIENCE = 600  # draws without a new prompt after which a stratum counts as exhausted
+PATIENCE = 400  # draws without a new prompt after which a stratum counts as exhausted
+
+
+@lru_cache(maxsize=1 << 16)
+def _place(key: str, seed: int) -> float:
+    """A specification's place in [0, 1)."""
+    return float(generator(seed, "split", key).random())
 
 
 def split_of(key: str, seed: int, shares: Mapping[str, float] = SHARES) -> str:
     """The split that owns a specification: a keyed draw, with the given shares of all specifications."""
-    u = generator(seed, "split", key).random() * sum(shares.values())
-    edges = np.cumsum([shares[split] for split in SPLITS])
-    return SPLITS[min(int(np.searchsorted(edges, u, side="right")), len(SPLITS) - 1)]
+    rest = _place(key, seed) * sum(shares.values())
+    for split in SPLITS[:-1]:
+        rest -= shares[split]
+        if rest < 0:
+            return split
+    return SPLITS[-1]
 
 
 def _strata(reasoning_kinds: Sequence[str], reasoning_share: float, tags: Sequence[str]) -> dict[str, float]:
@@ -104,20 +112,24 @@ def generate(*, seed: int, sizes: Mapping[str, int], shares: Mapping[str, float]
         found[split].append(replace(record, split=split))
         return True
 
-    for _ in range(6):  # strata that run out leave their rest to the others
+    spent: set[tuple[str, str]] = set()  # cells that ran out; they leave their rest to the others
+    for _ in range(6):
         open_strata = list(strata)
         misses: Counter[str] = Counter()
         while open_strata:
             for name in list(open_strata):
                 misses[name] = 0 if offer(draw(name), name) else misses[name] + 1
                 cells = [cell for cell in quota if cell[1] in (name, name + "/heldout")]
-                if misses[name] > PATIENCE or all(filled[cell] >= quota[cell] for cell in cells):
+                unfilled = {cell for cell in cells if filled[cell] < quota[cell] and cell not in spent}
+                if misses[name] > PATIENCE:
+                    spent |= unfilled
+                if misses[name] > PATIENCE or not unfilled:
                     open_strata.remove(name)
         short = {split: sizes[split] - len(found[split]) for split in SPLITS}
         if not any(short.values()):
             break
         for split, missing in short.items():
-            able = [cell for cell in quota if cell[0] == split and filled[cell] >= quota[cell]]
+            able = [cell for cell in quota if cell[0] == split and cell not in spent]
             for cell in able:
                 quota[cell] += -(-missing // len(able))
     if any(short.values()):
