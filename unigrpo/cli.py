@@ -70,6 +70,18 @@ def table_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def report_command(args: argparse.Namespace) -> int:
+    """Print a report's results, or write them into the README."""
+    root = project_root()
+    if args.readme:
+        from unigrpo.report.readme import write_readme
+
+        changed = write_readme(root, args.scale)
+        print("\n".join(f"wrote {path.relative_to(root)}" for path in changed) or "nothing to change")
+        return 0
+    return table_command(args)
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands and their arguments."""
     top = argparse.ArgumentParser(prog="unigrpo", description="UniGRPO: one policy that thinks, then draws.")
@@ -98,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("--scale", default="tiny")
     table.add_argument("--which", choices=["report", "experiments"], default="report")
     table.set_defaults(function=table_command)
+
+    report = commands.add_parser("report", help="a report's results as a table, or into the README")
+    report.add_argument("--scale", default="tiny")
+    report.add_argument("--which", choices=["report", "experiments"], default="report")
+    report.add_argument("--readme", action="store_true", help="rewrite the results of README.md and docs/images/results.png")
+    report.set_defaults(function=report_command)
     return top
 
 

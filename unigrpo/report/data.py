@@ -1,0 +1,352 @@
+"""What a report says, as one dictionary: values and intervals from outcomes, counted cost, digests of the inputs.
+
+    arms[run][metric]        = {value, low, high, over, seeds}   one checkpoint: bootstrap over prompts; several: t interval
+    differences["a-b"][...]  likewise, paired: the same prompts and the same noise on both sides
+    controls[run][...]       likewise, between cells of one checkpoint: what the thinking contributes
+
+`over` says what the interval is over, `seeds` holds every training seed singly. Seeds vary RL only: all intervals are
+conditional on one base and one warm-up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from unigrpo.config import Config
+from unigrpo.digests import sha256_inputs
+from unigrpo.evaluation.outcomes import (
+    CFG,
+    HEADLINE,
+    MEASURES,
+    THINKING,
+    cell,
+    compute_metrics,
+    measure,
+    read_outcomes,
+    significant,
+)
+from unigrpo.evaluation.statistics import LEVEL, Measure, across_seeds, mean_interval, paired_difference, value_of
+from unigrpo.seeding import generator
+from unigrpo.stages import MAIN_RUN, read_experiment, report_inputs
+
+PREFIX = "bench/shapes/"
+HEADLINE_METRIC = f"{PREFIX}exact"
+CONTROLS = {                                # name -> (first, second) thinking of the cells compared, guidance off
+    "thinking on - shuffled": ("on", "shuffled"),
+    "thinking on - off": ("on", "off"),
+    "thinking greedy - on": ("greedy", "on"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything the report reads of one checkpoint.
+
+    Args:
+        name: its folder below artifacts/<scale>/: base, sft or <run>/<seed>.
+        outcomes: one row a prompt and cell. training: flat counts and last values of its training stage.
+        curves: one row a logged step, columns `step` and metrics; NaN where a metric was not measured.
+        samples: the saved images' records, `image` being a file below `folder`/samples.
+    """
+
+    name: str
+    folder: Path
+    outcomes: pd.DataFrame
+    training: dict[str, float]
+    curves: pd.DataFrame
+    samples: list[dict[str, Any]]
+
+    @property
+    def run(self) -> str:
+        """The arm this checkpoint belongs to."""
+        return self.name.partition("/")[0]
+
+    @property
+    def seed(self) -> str | None:
+        """The RL seed, None for base and sft."""
+        return self.name.partition("/")[2] or None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a report is made from."""
+
+    scale: str
+    which: str
+    checkpoints: tuple[Checkpoint, ...]
+    curate: dict[str, Any]
+    statistics: dict[str, Any]
+    leakage: dict[str, Any]
+    digests: dict[str, str]
+
+    def arms(self) -> dict[str, list[Checkpoint]]:
+        """Run -> its checkpoints, in the order of the report."""
+        found: dict[str, list[Checkpoint]] = {}
+        for checkpoint in self.checkpoints:
+            found.setdefault(checkpoint.run, []).append(checkpoint)
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+def checkpoint_names(scale: str, which: str, root: Path) -> list[str]:
+    """The checkpoints of a report. Raises ValueError for an unknown report, or a scale without evaluations."""
+    if which == "main":
+        return ["base", "sft", MAIN_RUN]
+    if which != "experiments":
+        raise ValueError(f"the report must be main or experiments, got {which!r}")
+    names = [str(item["checkpoint"]) for item in read_experiment(root)["evaluations"].values() if item["scale"] == scale]
+    if not names:
+        raise ValueError(f"params/experiment.yaml lists no evaluation of scale {scale}; `unigrpo experiment write` writes it")
+    first = {"base": 0, "sft": 1}
+    return sorted(names, key=lambda name: (first.get(name, 2), name.partition("/")[0] != MAIN_RUN.partition("/")[0], name))
+
+
+def read_inputs(scale: str, which: str, root: Path) -> Inputs:
+    """Read and check every input.
+
+    Raises: ValueError naming the file, and the stage that makes it where it is missing.
+    """
+    names = checkpoint_names(scale, which, root)
+    folder = root / "artifacts" / scale
+    checkpoints = tuple(read_checkpoint(folder / name, name) for name in names)
+    curate, statistics, leakage = (read_json(folder / file, "curate", dict) for file in
+                                   ("curate.json", "prompts/statistics.json", "prompts/leakage.json"))
+    return Inputs(scale, which, checkpoints, curate, statistics, leakage, sha256_inputs(root, report_inputs(scale, names)))
+
+
+def read_checkpoint(folder: Path, name: str) -> Checkpoint:
+    """One checkpoint's files; its metrics must be those of its outcomes."""
+    stage = name if name in ("base", "sft") else "train"
+    training = read_json(folder / "training.json", stage, dict)
+    curves_file = needed(folder / "curves.csv", stage)
+    try:
+        curves = pd.read_csv(curves_file)
+        curves = curves.astype("float64")
+    except ValueError as error:
+        raise ValueError(f"{curves_file}: wanted numbers in columns, got {str(error).splitlines()[0]}; "
+                         f"run the {stage} stage again") from error
+    if "step" not in curves.columns:
+        raise ValueError(f"{curves_file}: wanted a column `step`, got {', '.join(curves.columns[:5])}; "
+                         f"run the {stage} stage again")
+    outcomes = read_outcomes(needed(folder / "outcomes.csv", "evaluate"))
+    metrics = read_json(folder / "metrics.json", "evaluate", dict)
+    derived = compute_metrics(outcomes)
+    if stale := [key for key, value in derived.items() if metrics.get(key) != value]:
+        raise ValueError(f"{folder / 'metrics.json'}: {stale[0]} is {metrics.get(stale[0])}, but outcomes.csv beside it gives "
+                         f"{derived[stale[0]]}; one of the two is of another run, evaluate again")
+    samples = read_json(folder / "samples" / "samples.json", "evaluate", list)
+    for sample in samples:
+        needed(folder / "samples" / sample["image"], "evaluate")
+    return Checkpoint(name, folder, outcomes, training, curves, samples)
+
+
+def needed(path: Path, stage: str) -> Path:
+    """The path itself. Raises ValueError naming it and the stage that makes it, if there is no such file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the {stage} stage makes it (`dvc repro` runs what is needed, `dvc checkout` "
+                         "restores what was made before)")
+    return path
+
+
+def read_json(path: Path, stage: str, kind: type) -> Any:
+    """A JSON file. Raises ValueError naming it, if it is missing, damaged or of another kind."""
+    try:
+        content = json.loads(needed(path, stage).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no whole JSON file ({error}); run the {stage} stage again") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: wanted a JSON {'object' if kind is dict else 'array'}, got {type(content).__name__}; "
+                         f"run the {stage} stage again")
+    return content
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+def named_measures(outcomes: pd.DataFrame) -> dict[str, Measure]:
+    """Metric name -> measure, for every metric that `compute_metrics` gives a value."""
+    head = cell(outcomes)
+    found = {name: measure(head, name) for name in MEASURES}
+    found |= {f"exact/{tag}": measure(rows, "exact") for tag, rows in head.groupby("tag")}
+    found |= {f"reasoning/{kind}": measure(rows, "exact") for kind, rows in head.groupby("reasoning") if kind}
+    found |= {f"exact/{name}": measure(head[head["needs_reasoning"] == needs], "exact")
+              for name, needs in (("reasoning", True), ("plain", False))}
+    for (cfg, thinking), rows in outcomes.groupby(["cfg", "thinking"]):
+        rows = rows.sort_values("prompt_id", ignore_index=True)
+        names = ("exact", "geneval") if thinking == "off" else ("exact", "geneval", "thinking_accuracy")
+        found |= {f"cfg_{cfg}-thinking_{thinking}/{name}": measure(rows, name) for name in names}
+    return {PREFIX + name: value for name, value in sorted(found.items()) if not math.isnan(value_of(value))}
+
+
+class Statistics:
+    """Intervals of one report. Its draws do not depend on arm or metric: all that is measured on the same prompts shares its
+    resamples, and a value that appears twice has one interval."""
+
+    def __init__(self, *, seed: int, resamples: int) -> None:
+        self.seed, self.resamples = seed, resamples
+
+    def value(self, first: Measure) -> dict[str, Any]:
+        """A value with its interval over prompts; without one where there are fewer than two prompts."""
+        if _size(first) < 2:
+            return {"value": significant(value_of(first)), "low": None, "high": None}
+        return rounded(mean_interval(first, generator(self.seed, "bootstrap"), resamples=self.resamples))
+
+    def difference(self, first: Measure, second: Measure) -> dict[str, Any]:
+        """First minus second with its paired interval over prompts."""
+        if _size(first) < 2:
+            return {"value": significant(value_of(first) - value_of(second)), "low": None, "high": None}
+        return rounded(paired_difference(first, second, generator(self.seed, "bootstrap"), resamples=self.resamples))
+
+
+def rounded(interval: Mapping[str, float]) -> dict[str, Any]:
+    """Value, low and high with 6 significant digits."""
+    return {name: significant(interval[name]) for name in ("value", "low", "high")}
+
+
+def across(singles: Mapping[str | None, Mapping[str, Any]]) -> dict[str, Any]:
+    """One entry of `arms` or `differences` from its seeds, seed -> {value, low, high}."""
+    seeds = {seed: dict(single) for seed, single in singles.items() if seed is not None}
+    if len(singles) == 1:
+        return {**next(iter(singles.values())), "over": "prompts", "seeds": seeds}
+    mean = across_seeds([float(single["value"]) for single in singles.values()])
+    found = {name: significant(float(mean[name])) for name in ("value", "low", "high")}  # type: ignore[arg-type]
+    return found | {"over": "seeds", "seeds": seeds}
+
+
+def combine(per_seed: Mapping[str | None, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Seed -> metric -> interval, as metric -> entry; metrics that a seed lacks are left out."""
+    common = [metric for metric in next(iter(per_seed.values())) if all(metric in found for found in per_seed.values())]
+    return {metric: across({seed: found[metric] for seed, found in per_seed.items()}) for metric in common}
+
+
+def difference_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Which arms are compared: each stage with the one before, every run with sft, and unigrpo with every other run."""
+    main = MAIN_RUN.partition("/")[0]
+    runs = [arm for arm in arms if arm not in ("base", "sft")]
+    pairs = [(run, "sft") for run in runs] + list(pairwise(["sft", "base"]))
+    if main in runs:
+        pairs += [(main, "base")] + [(main, run) for run in runs if run != main]
+    return [(a, b) for a, b in pairs if a in arms and b in arms]
+
+
+def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
+    """The report's numbers: everything in report.json.
+
+    Raises: ValueError if two checkpoints were evaluated on different prompts.
+    """
+    statistics = Statistics(seed=config.evaluate.seed, resamples=config.report.bootstrap)
+    arms = inputs.arms()
+    measures = {c.name: named_measures(c.outcomes) for c in inputs.checkpoints}
+    values = {run: combine({c.seed: {metric: statistics.value(found) for metric, found in measures[c.name].items()}
+                            for c in members}) for run, members in arms.items()}
+    differences = {}
+    for first, second in difference_pairs(list(arms)):
+        matched = match_seeds(arms[first], arms[second])
+        if matched:
+            differences[f"{first}-{second}"] = combine({
+                a.seed: compare(statistics, measures[a.name], measures[b.name], a.name, b.name) for a, b in matched})
+    controls = {run: combine({c.seed: control(statistics, c) for c in members}) for run, members in arms.items()}
+    report = {
+        "scale": inputs.scale, "report": inputs.which, "arms": values, "differences": differences,
+        "controls": {run: found for run, found in controls.items() if found},
+        "cost": {c.name: {key.removeprefix("cost/"): value for key, value in sorted(c.training.items())
+                          if key.startswith("cost/")} for c in inputs.checkpoints},
+        "measured": measured(inputs, config), "exposure": exposure(inputs, config), "inputs": inputs.digests,
+    }
+    return report | {"headline": headline(report)}
+
+
+def match_seeds(first: Sequence[Checkpoint], second: Sequence[Checkpoint]) -> list[tuple[Checkpoint, Checkpoint]]:
+    """Checkpoints of two arms that belong together: the same seed, or the only checkpoint of an arm without seeds."""
+    alone = {c.seed: c for c in second}
+    return [(c, alone.get(c.seed, alone.get(None))) for c in first if c.seed in alone or None in alone]  # type: ignore[misc]
+
+
+def compare(statistics: Statistics, first: Mapping[str, Measure], second: Mapping[str, Measure], first_name: str,
+            second_name: str) -> dict[str, dict[str, Any]]:
+    """Metric -> paired difference, for the metrics both checkpoints have."""
+    try:
+        return {metric: statistics.difference(found, second[metric]) for metric, found in first.items()
+                if metric in second}
+    except ValueError as error:
+        raise ValueError(f"{first_name} and {second_name} were not evaluated alike: {error}; evaluate both again "
+                         "(their outcomes.csv must list the same prompts)") from error
+
+
+def control(statistics: Statistics, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Differences in exact accuracy between cells of one checkpoint, guidance off."""
+    there = set(checkpoint.outcomes.loc[checkpoint.outcomes["cfg"] == HEADLINE[0], "thinking"])
+    cells = {name: measure(cell(checkpoint.outcomes, HEADLINE[0], name), "exact") for name in THINKING if name in there}
+    return {name: statistics.difference(cells[first], cells[second])
+            for name, (first, second) in CONTROLS.items() if first in cells and second in cells}
+
+
+def measured(inputs: Inputs, config: Config) -> dict[str, Any]:
+    """How the numbers were made: counted in the outcomes where they can be, from params otherwise."""
+    head = cell(inputs.checkpoints[0].outcomes)
+    images = sorted(set(head["images"]))
+    return {
+        "prompts": len(head), "reasoning_prompts": int(head["needs_reasoning"].sum()),
+        "images_per_prompt": images[0] if len(images) == 1 else images,
+        "cells": sorted({f"cfg_{cfg}-thinking_{thinking}" for checkpoint in inputs.checkpoints for cfg, thinking in
+                         zip(checkpoint.outcomes["cfg"], checkpoint.outcomes["thinking"], strict=True)}),
+        "headline_cell": "cfg_{}-thinking_{}".format(*HEADLINE), "headline_metric": HEADLINE_METRIC,
+        "model_calls": config.evaluate.num_steps, "guidance_scale": config.evaluate.guidance_scale,
+        "evaluation_seed": config.evaluate.seed, "level": LEVEL, "resamples": config.report.bootstrap,
+        "within_a_seed": "percentile bootstrap over prompts; differences paired by prompt, on the same noise",
+        "across_seeds": "mean and Student's t interval over training seeds, conditional on one base and one warm-up",
+    }
+
+
+def exposure(inputs: Inputs, config: Config) -> dict[str, Any]:
+    """What the warm-up showed the model of each cell, from params: the evaluation is fair only where this is not 0.
+
+    `cells` are shares of the warm-up's samples drawn in the cell's context, `unconditional` the shares without the prompt and
+    the thinking, which guidance needs beside it. Shuffled thinking contradicts its prompt, which no sample does on purpose.
+    `thinking_error` is the wanted share of wrong plans among reasoning prompts, `wrong_plans` the counted one.
+    """
+    dropped, direct = config.sft.condition_dropout, config.sft.direct_share
+    shares = {"on": 1 - direct, "greedy": 1 - direct, "off": direct}
+    cells = {f"cfg_{cfg}-thinking_{thinking}": thinking for cfg in CFG for thinking in THINKING
+             if (cfg, thinking) != ("on", "greedy")}
+    sft = next((c.training for c in inputs.checkpoints if c.name == "sft"), {})
+    return {"cells": {name: significant((1 - dropped) * shares.get(thinking, 0.0)) for name, thinking in cells.items()},
+            "unconditional": {name: significant(dropped * shares.get(thinking, 1 - direct)) for name, thinking in cells.items()
+                              if name.startswith("cfg_on")},
+            "thinking_error": config.sft.thinking_error, "systematic_share": config.sft.systematic_share,
+            "wrong_plans": sft.get("data/wrong_plans_of_reasoning")}
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's first sentence, and the numbers in it."""
+    main = MAIN_RUN.partition("/")[0]
+    pair = f"{main}-sft"
+    if pair not in report["differences"]:
+        return {"difference": pair, "sentence": f"This report has no {main} to compare with sft."}
+    gain, arms, facts = report["differences"][pair][HEADLINE_METRIC], report["arms"], report["measured"]
+    before, after = (arms[name][HEADLINE_METRIC]["value"] for name in ("sft", main))
+    seeds = len(gain["seeds"])
+    interval = "too few prompts for an interval" if gain["low"] is None else \
+        f"95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}" + (f" over {seeds} seeds" if seeds > 1 else "")
+    verb = "does not reliably change" if gain["low"] is None or gain["low"] <= 0 <= gain["high"] else \
+        ("raises" if gain["value"] > 0 else "lowers")
+    count = facts["images_per_prompt"]
+    sentence = (f"On {facts['prompts']} unseen prompts with {count} image{'' if count == 1 else 's'} each, UniGRPO {verb} "
+                f"exact accuracy: {100 * before:.1f} % after the warm-up, {100 * after:.1f} % after training, "
+                f"{100 * gain['value']:+.1f} points ({interval}).")
+    return {"difference": pair, "metric": HEADLINE_METRIC, **{key: gain[key] for key in ("value", "low", "high")},
+            "sentence": sentence}
+
+
+def _size(first: Measure) -> int:
+    """The number of prompts of a measure."""
+    return int(np.size(first.numerator))

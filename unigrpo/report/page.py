@@ -1,0 +1,273 @@
+"""report.html: one self-contained page from the report's numbers, the curves and the saved samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from unigrpo.config import Config
+from unigrpo.evaluation.outcomes import CFG, HEADLINE, THINKING
+from unigrpo.report import markup
+from unigrpo.report.data import PREFIX, Checkpoint, Inputs
+from unigrpo.report.figures import SUPERVISED_PANELS, arm_colors, curves_figure, results_figure, training_panels
+from unigrpo.report.table import ROWS, arm_order, footnote
+
+THINKING_NAMES = {"on": "sampled", "greedy": "greedy", "off": "off", "shuffled": "another prompt's"}
+COST_NAMES = {"prompts": "prompts", "images": "images", "text_tokens": "text tokens", "model_calls": "image model calls",
+              "updates": "optimizer updates", "flops": "FLOPs"}
+DEFINITIONS = {
+    "exact accuracy": "share of images that show everything the prompt asks for and nothing else (the exact verifier)",
+    "GenEval's rules": "the benchmark's own verdict, which tolerates some extra objects; mean over its categories",
+    "thinking right": "share of thinkings whose plan satisfies the prompt exactly; sampled at temperature 1, or greedy",
+    "image right, given a right plan": "exact accuracy among the images whose thinking was right: how well plans are drawn",
+}
+
+
+def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config) -> str:
+    """The page.
+
+    Args:
+        report: as build_report returns it. inputs: what it was made from. config: for the number of updates and the gallery.
+    Returns: HTML with style and images inside; the same inputs give the same bytes.
+    """
+    arms = arm_order(report["arms"])
+    colors = arm_colors(arms)
+    sections = [
+        ("results", "Results", results(report, arms, colors)),
+        ("categories", "By category and kind of reasoning", categories(report, arms, colors)),
+        ("grid", "Guidance and thinking", grid(report, arms, colors)),
+        ("curves", "Training curves", curves(inputs, config, colors)),
+        ("gallery", "Before and after", gallery(inputs, config, colors)),
+        ("leakage", "Leakage between splits", leakage(inputs)),
+        ("prompts", "Prompts", prompts(inputs)),
+        ("cost", "Counted cost", cost(report)),
+        ("measured", "How it was measured", how(report)),
+    ]
+    links = "\n".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in sections)
+    head = "\n".join([
+        f'<p class="kicker">UniGRPO (arXiv 2603.23500) · scale {escape(str(report["scale"]))} · '
+        f'{"main report" if report["report"] == "main" else "all experiments"}</p>',
+        "<h1>One policy that thinks, then draws</h1>",
+        f'<p class="headline">{escape(report["headline"]["sentence"])}</p>', f"<nav>{links}</nav>"])
+    body = "\n".join([head, *(markup.section(anchor, title, *parts) for anchor, title, parts in sections)])
+    return markup.document(f"UniGRPO report, scale {report['scale']}", body)
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+def interval_cell(entry: Mapping[str, Any] | None, *, gain: bool = False) -> str:
+    """A value in percent over its interval."""
+    if entry is None:
+        return "<td>–</td>"
+    form = "+.1f" if gain else ".1f"
+    bounds = "" if entry["low"] is None else f"<small>{100 * entry['low']:{form}} to {100 * entry['high']:{form}}</small>"
+    start = '<td class="gain">' if gain else "<td>"
+    return f"{start}{100 * entry['value']:{form}}{bounds}</td>".replace("-", "−")
+
+
+def arm_name(arm: str, colors: Mapping[str, str]) -> str:
+    """An arm with its colour."""
+    return f'<span class="dot" style="background:{colors.get(arm, "#999")}"></span>{escape(arm)}'
+
+
+def main_differences(report: Mapping[str, Any]) -> list[str]:
+    """The differences that get a column: unigrpo against sft, and in the main report sft against base."""
+    wanted = ("unigrpo-sft", "sft-base") if report["report"] == "main" else ("unigrpo-sft",)
+    return [name for name in wanted if name in report["differences"]]
+
+
+def metric_table(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str], names: Mapping[str, str],
+                 caption: str = "") -> str:
+    """Metrics below bench/shapes/ as rows, arms and differences as columns, in percent with intervals."""
+    pairs = main_differences(report)
+    header = ["", *(arm_name(arm, colors) for arm in arms), *(escape(pair.replace("-", " − ")) for pair in pairs)]
+    rows = [[escape(label), *(interval_cell(report["arms"][arm].get(PREFIX + name)) for arm in arms),
+             *(interval_cell(report["differences"][pair].get(PREFIX + name), gain=True) for pair in pairs)]
+            for name, label in names.items() if any(PREFIX + name in report["arms"][arm] for arm in arms)]
+    return markup.table(header, rows, caption=caption)
+
+
+def results(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str]) -> list[str]:
+    """The main table, its figure, every seed singly and what the words mean."""
+    parts = [metric_table(report, arms, colors, ROWS, "Percent, with 95 % intervals; differences in points"),
+             markup.paragraph(footnote(report), note=True)]
+    parts.append(markup.figure(results_figure(report), "values of every arm with intervals", "The same values as a picture."))
+    parts += differences(report) if report["report"] != "main" else []
+    words = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in DEFINITIONS.items())
+    return [*parts, f"<dl>{words}</dl>"]
+
+
+def differences(report: Mapping[str, Any]) -> list[str]:
+    """Headline differences between arms, over seeds and seed by seed."""
+    metric = report["measured"]["headline_metric"]
+    found = {pair: entries[metric] for pair, entries in report["differences"].items() if metric in entries}
+    seeds = sorted({seed for entry in found.values() for seed in entry["seeds"]}, key=int)
+    rows = [[escape(pair.replace("-", " − ")), interval_cell(entry, gain=True),
+             *(interval_cell(entry["seeds"].get(seed), gain=True) for seed in seeds)] for pair, entry in found.items()]
+    return [markup.table(["exact accuracy, points", "all seeds", *(f"seed {escape(seed)}" for seed in seeds)], rows,
+                         caption="Differences between arms"),
+            markup.paragraph("All seeds: mean and t interval over seeds. Single seeds: paired bootstrap over prompts. Seeds "
+                             "vary the RL alone; everything is conditional on one base and one warm-up.", note=True)]
+
+
+def categories(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str]) -> list[str]:
+    """Exact accuracy by GenEval category and by kind of reasoning, headline cell."""
+    names = sorted({metric.removeprefix(PREFIX) for arm in arms for metric in report["arms"][arm]})
+    tags = {name: name.removeprefix("exact/").replace("_", " ") for name in names
+            if name.startswith("exact/") and name not in ("exact/plain", "exact/reasoning")}
+    kinds = {name: name.removeprefix("reasoning/").replace("_", " ") for name in names if name.startswith("reasoning/")}
+    parts = [metric_table(report, arms, colors, tags, "Exact accuracy by category, percent")]
+    if kinds:
+        parts.append(metric_table(report, arms, colors, kinds, "Exact accuracy by kind of reasoning, percent"))
+    return parts
+
+
+def grid(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str]) -> list[str]:
+    """Exact accuracy of every cell, its exposure in the warm-up, and what the thinking contributes."""
+    shown = report["exposure"]
+    rows = []
+    for cfg in CFG:
+        for thinking in THINKING:
+            name = f"cfg_{cfg}-thinking_{thinking}"
+            if not any(f"{PREFIX}{name}/exact" in report["arms"][arm] for arm in arms):
+                continue
+            without = shown["unconditional"].get(name)
+            seen = f"{100 * shown['cells'][name]:.1f} %"
+            if without is not None:
+                seen += f"<small>+ {100 * without:.1f} % without text</small>"
+            label = f"guidance {cfg}, thinking {THINKING_NAMES[thinking]}"
+            label += " (headline)" if (cfg, thinking) == HEADLINE else ""
+            rows.append([escape(label), *(shaded(report["arms"][arm].get(f"{PREFIX}{name}/exact")) for arm in arms), seen])
+    header = ["", *(arm_name(arm, colors) for arm in arms), "share of the warm-up"]
+    wrong = shown["wrong_plans"]
+    text = (f"By intent {100 * shown['thinking_error']:.0f} % of the warm-up's reasoning prompts carry a wrong plan"
+            + ("" if wrong is None else f" ({100 * wrong:.1f} % were counted)")
+            + f", {100 * shown['systematic_share']:.0f} % of them systematic: a concept always takes the same wrong value. "
+            "This is how the text policy gets room to choose. The picture shown with a thinking is the plan's, right or wrong.")
+    parts = [markup.paragraph("Every checkpoint draws every prompt in every cell, from the same noise. The last column says "
+                              "how much of the warm-up was drawn in the cell's context, so how well the model could know it."),
+             markup.table(header, rows, caption="Exact accuracy, percent", kind="grid"), markup.paragraph(text)]
+    found = list(dict.fromkeys(name for entries in report["controls"].values() for name in entries))
+    rows = [[escape(name.replace(" - ", " − ")), *(interval_cell(report["controls"].get(arm, {}).get(name), gain=True)
+                                                   for arm in arms)] for name in found]
+    return parts + ([markup.table(["points of exact accuracy", *(arm_name(arm, colors) for arm in arms)], rows,
+                                  caption="What the thinking contributes, guidance off, paired")] if rows else [])
+
+
+def shaded(entry: Mapping[str, Any] | None) -> str:
+    """A value whose cell is the darker the higher it is."""
+    if entry is None:
+        return '<td class="shade">–</td>'
+    bounds = "" if entry["low"] is None else f"<small>{100 * entry['low']:.1f} to {100 * entry['high']:.1f}</small>"
+    tint = f"rgba(63,111,181,{0.04 + 0.5 * entry['value']:.2f})"
+    return f'<td class="shade" style="background:{tint}">{100 * entry["value"]:.1f}{bounds}</td>'
+
+
+# ------------------------------------------------------------------------------------------------- curves and gallery
+
+def curves(inputs: Inputs, config: Config, colors: Mapping[str, str]) -> list[str]:
+    """Curves of every training: the RL runs together, base and warm-up each alone."""
+    runs = [c for c in inputs.checkpoints if c.run not in ("base", "sft")]
+    parts = []
+    if runs and (image := curves_figure(runs, training_panels(config.train.updates_per_rollout), colors)):
+        parts.append(markup.figure(image, "training curves of the RL runs",
+                                   ("Training by reinforcement, running means" if len(runs) > 1 else "Training by reinforcement: "
+                                    "faint as logged, strong as a running mean") + ". docs/curves.md says what each looks like "
+                                   "when healthy and when sick."))
+    for checkpoint in inputs.checkpoints:
+        if checkpoint.run in ("base", "sft") and (image := curves_figure([checkpoint], SUPERVISED_PANELS, colors)):
+            title = {"base": "The base model, from scratch", "sft": "The warm-up on thinking"}[checkpoint.run]
+            parts.append(markup.figure(image, f"training curves of {checkpoint.name}", f"{title}."))
+    return parts or [markup.paragraph("No curves were logged.")]
+
+
+Pair = tuple[Checkpoint, dict[str, Any], Checkpoint, dict[str, Any]]
+
+
+def before_and_after(inputs: Inputs, limit: int) -> list[Pair]:
+    """Samples of sft and of unigrpo's first seed for the same prompt and noise, headline cell, in the file's order."""
+    arms = inputs.arms()
+    if "sft" not in arms or "unigrpo" not in arms:
+        return []
+    before, after = arms["sft"][0], arms["unigrpo"][0]
+    first, second = ({(s["prompt_id"], s["sample"]): s for s in c.samples if (s["cfg"], s["cell"]) == HEADLINE}
+                     for c in (before, after))
+    return [(before, first[key], after, second[key]) for key in first if key in second][:limit]
+
+
+def gallery(inputs: Inputs, config: Config, colors: Mapping[str, str]) -> list[str]:
+    """The same prompts and the same noise before and after training, with the thinking."""
+    pairs = before_and_after(inputs, config.report.gallery)
+    if not pairs:
+        return [markup.paragraph("There are no samples of sft and unigrpo for the same prompts.")]
+    cards = []
+    for before, old, after, new in pairs:
+        sides = side(before, old, colors) + side(after, new, colors)
+        cards.append(f'<article class="card"><p class="prompt">{escape(old["prompt"])}</p>'
+                     f'<div class="pair">{sides}</div></article>')
+    old_right, new_right = sum(bool(old["exact"]) for _, old, _, _ in pairs), sum(bool(new["exact"]) for *_, new in pairs)
+    return [markup.paragraph(f"The first {len(pairs)} evaluation prompts, not chosen: the same prompt and initial noise, "
+                             f"thinking sampled, no guidance. {old_right} are right before and {new_right} after."),
+            f'<div class="gallery">{"".join(cards)}</div>']
+
+
+def side(checkpoint: Checkpoint, sample: Mapping[str, Any], colors: Mapping[str, str]) -> str:
+    """One picture with its verdict and the thinking that conditioned it."""
+    png = (checkpoint.folder / "samples" / sample["image"]).read_bytes()
+    mark = '<p class="mark right">✓ right</p>' if sample["exact"] else '<p class="mark wrong">✗ wrong</p>'
+    thinking = f'<p class="thinking">{escape(sample["thinking"])}</p>' if sample["thinking"] else ""
+    image = markup.picture(png, sample["prompt"])
+    return f'<div><p class="name">{arm_name(checkpoint.run, colors)}</p>{image}{mark}{thinking}</div>'
+
+
+# --------------------------------------------------------------------------------------------------------- the account
+
+def leakage(inputs: Inputs) -> list[str]:
+    """What curation found and removed."""
+    return [markup.paragraph("Splits share no prompt, no canonical content and no specification, so an evaluation prompt is "
+                             "not a paraphrase of a training prompt; curation fails where they do."),
+            markup.json_tables(inputs.leakage)]
+
+
+def prompts(inputs: Inputs) -> list[str]:
+    """Statistics of curation, the splits side by side."""
+    splits = {name: found for name, found in inputs.statistics.items() if isinstance(found, Mapping)}
+    groups: dict[str, dict[str, dict[str, Any]]] = {}            # heading -> row -> split -> value
+    for split, found in splits.items():
+        for key, value in found.items():
+            for row, number in value.items() if isinstance(value, Mapping) else [(key, value)]:
+                groups.setdefault(key if isinstance(value, Mapping) else "splits", {}).setdefault(row, {})[split] = number
+    tables = [markup.table(["", *map(markup.spoken, splits)],
+                           [[markup.spoken(row), *(markup.number(values.get(split, 0)) for split in splits)]
+                            for row, values in rows.items()],
+                           caption=heading.replace("_", " ").capitalize()) for heading, rows in groups.items()]
+    return ['<div class="columns">', *tables, "</div>"]
+
+
+def cost(report: Mapping[str, Any]) -> list[str]:
+    """Counted work of every checkpoint's own training."""
+    found = {name: entries for name, entries in report["cost"].items() if entries}
+    columns = [key for key in COST_NAMES if any(key in entries for entries in found.values())]
+    rows = [[escape(name), *(amount(entries.get(key)) for key in columns)] for name, entries in found.items()]
+    if report["report"] == "main" and len(found) > 1:
+        rows.append(["together", *(amount(sum(entries.get(key, 0) for entries in found.values())) for key in columns)])
+    return [markup.paragraph("Counted, not timed: the same on every machine. Seconds, memory and hardware are in MLflow "
+                             "(make ui). Each line is the stage's own training, without what it starts from."),
+            markup.table(["", *(COST_NAMES[key] for key in columns)], rows)]
+
+
+def amount(value: float | None) -> str:
+    """A count; powers of ten where it is long."""
+    if value is None:
+        return "–"
+    return markup.number(float(value)) if abs(value) < 1e9 else f"{value:.3g}".replace("e+", " × 10<sup>") + "</sup>"
+
+
+def how(report: Mapping[str, Any]) -> list[str]:
+    """Settings of the measurement and digests of what it was made from."""
+    facts = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in report["measured"].items()}
+    rows = [[markup.spoken(key), markup.number(value)] for key, value in facts.items()]
+    files = [[f"<code>{escape(path)}</code>", f"<code>{digest}</code>"] for path, digest in sorted(report["inputs"].items())]
+    return [markup.table([], rows, kind="plain"),
+            f"<details><summary>sha256 of the {len(files)} inputs</summary>{markup.table([], files, kind='plain')}</details>"]

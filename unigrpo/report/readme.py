@@ -1,0 +1,47 @@
+"""The README's results: its block and its picture, rewritten from artifacts/<scale>/report/report.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unigrpo.report.figures import results_figure
+from unigrpo.report.table import read_report, update_readme
+
+PICTURE = Path("docs/images/results.png")
+SHOWN = 4                                    # prompts drawn before and after in the picture
+
+
+def write_readme(root: Path, scale: str) -> list[Path]:
+    """Rewrite README.md between its marks, and docs/images/results.png. Returns the files that changed.
+
+    The pictures in the figure are those of the first evaluation prompts, not chosen; without the samples, which DVC holds, it
+    has none.
+
+    Raises: ValueError if the report is missing, or the README's marks are.
+    """
+    folder = root / "artifacts" / scale
+    report = read_report(folder / "report" / "report.json")
+    readme = root / "README.md"
+    new = {readme: update_readme(readme.read_text(encoding="utf-8"), report).encode(),
+           root / PICTURE: results_figure(report, sample_pairs(folder))}
+    changed = [path for path, content in new.items() if not path.is_file() or path.read_bytes() != content]
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(new[path])
+    return changed
+
+
+def sample_pairs(folder: Path) -> list[tuple[str, list[tuple[str, Path]]]]:
+    """(prompt, [(arm, picture)]) of the first prompts in the headline cell; empty if the samples are not here."""
+    drawn: dict[str, dict[str, dict[str, Any]]] = {}
+    for arm, name in (("sft", "sft"), ("unigrpo", "unigrpo/0")):
+        listing = folder / name / "samples" / "samples.json"
+        if not listing.is_file():
+            return []
+        drawn[arm] = {sample["prompt_id"]: sample | {"path": listing.parent / sample["image"]}
+                      for sample in json.loads(listing.read_text(encoding="utf-8"))
+                      if (sample["cfg"], sample["cell"]) == ("off", "on")}
+    shared = [key for key in drawn["sft"] if key in drawn["unigrpo"]][:SHOWN]
+    return [(drawn["sft"][key]["prompt"], [(arm, found[key]["path"]) for arm, found in drawn.items()]) for key in shared]

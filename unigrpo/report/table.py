@@ -1,0 +1,96 @@
+"""Results as plain text: a table for the terminal, and the README's block, both from report.json alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PREFIX = "bench/shapes/"
+BEGIN, END = "<!-- results: begin (written by `unigrpo report --readme`) -->", "<!-- results: end -->"
+ROWS = {                                     # metric below bench/shapes/ -> its name for people
+    "exact": "exact accuracy", "exact/plain": "exact, plain prompts", "exact/reasoning": "exact, reasoning prompts",
+    "geneval": "GenEval's rules", "thinking_accuracy": "thinking right, sampled",
+    "cfg_off-thinking_greedy/thinking_accuracy": "thinking right, greedy",
+    "image_given_plan": "image right, given a right plan",
+    "cfg_on-thinking_on/exact": "exact, with guidance",
+}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """report.json. Raises ValueError naming it, if it is missing or damaged."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the report stage makes it (`make repro`)")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no whole JSON file ({error}); run the report stage again") from error
+    return dict(content)
+
+
+def results_table(path: Path) -> str:
+    """The terminal table of a report.json."""
+    return terminal_table(read_report(path))
+
+
+def arm_order(arms: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """The stages in their order, then unigrpo, then other runs by name."""
+    first = ("base", "sft", "unigrpo")
+    return [arm for arm in first if arm in arms] + sorted(set(arms) - set(first))
+
+
+def percent(entry: Mapping[str, Any] | None, *, sign: bool = False) -> str:
+    """'53.7 [51.2, 56.1]' in percent, '-' for nothing."""
+    if entry is None:
+        return "-"
+    form = "+.1f" if sign else ".1f"
+    value = f"{100 * entry['value']:{form}}"
+    return value if entry["low"] is None else f"{value} [{100 * entry['low']:{form}}, {100 * entry['high']:{form}}]"
+
+
+def result_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the results table: every arm, and unigrpo's gain over sft."""
+    arms = arm_order(report["arms"])
+    gain = report["differences"].get("unigrpo-sft", {})
+    header = ["%", *arms, *(["unigrpo - sft"] if gain else [])]
+    rows = []
+    for name, label in ROWS.items():
+        metric = PREFIX + name
+        if any(metric in report["arms"][arm] for arm in arms):
+            rows.append([label, *(percent(report["arms"][arm].get(metric)) for arm in arms),
+                         *([percent(gain.get(metric), sign=True)] if gain else [])])
+    return header, rows
+
+
+def terminal_table(report: Mapping[str, Any]) -> str:
+    """What `make repro` ends with: the headline, a table with 95 % intervals, and how it was measured."""
+    header, rows = result_rows(report)
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in [header, *rows]]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([report["headline"]["sentence"], "", *lines, "", footnote(report)])
+
+
+def footnote(report: Mapping[str, Any]) -> str:
+    """One line on how the numbers were made."""
+    facts = report["measured"]
+    over = "over training seeds" if any(entry["over"] == "seeds" for found in report["arms"].values()
+                                        for entry in found.values()) else "over prompts"
+    return (f"{facts['prompts']} prompts x {facts['images_per_prompt']} images; guidance off and thinking sampled unless said; "
+            f"[95 % interval {over}], differences paired.")
+
+
+def readme_block(report: Mapping[str, Any]) -> str:
+    """The README's results between its two marks: headline, table, footnote."""
+    header, rows = result_rows(report)
+    table = ["| " + " | ".join(row) + " |" for row in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
+    return "\n".join([BEGIN, "", f"**{report['headline']['sentence']}**", "", *table, "", footnote(report), "", END])
+
+
+def update_readme(readme: str, report: Mapping[str, Any]) -> str:
+    """The README with its results block rewritten. Raises ValueError unless both marks are there once, in order."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md must hold one line {BEGIN!r} and after it one {END!r}")
+    return readme[:readme.index(BEGIN)] + readme_block(report) + readme[readme.index(END) + len(END):]

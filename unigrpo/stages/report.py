@@ -1,0 +1,49 @@
+"""The report stage: outcomes, metrics, curves and samples of the checkpoints in; report.html and report.json out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unigrpo.config import load_config
+from unigrpo.report.data import build_report, read_inputs
+from unigrpo.report.page import render_page
+from unigrpo.stages.session import writable
+from unigrpo.tracking import track
+
+FOLDERS = {"main": "report", "experiments": "experiments"}
+
+
+def run(scale: str, *, which: str = "main", root: Path = Path("."),
+        provenance: Mapping[str, str] | None = None) -> dict[str, float]:
+    """Write artifacts/<scale>/report/ (main) or artifacts/<scale>/experiments/.
+
+    Args:
+        scale: a file of params/scales/.
+        which: main (base, sft, unigrpo seed 0) or experiments (every evaluation of the scale in params/experiment.yaml).
+        root: the project's root. provenance: what the launcher knows, for the tracker.
+    Returns: the headline metric of every arm, and of its differences.
+    Raises: ValueError naming the file and the stage that makes it, if an input is missing or damaged.
+    """
+    config = load_config(scale, root=root)
+    with track("report", f"{scale}-{which}", config.model_dump(mode="json"), provenance, root) as tracker:
+        inputs = read_inputs(scale, which, root)
+        report = build_report(inputs, config)
+        page = render_page(report, inputs, config)
+        folder = writable(root / "artifacts" / scale / FOLDERS[which])
+        write_json(folder / "report.json", report)
+        (folder / "report.html").write_text(page, encoding="utf-8", newline="\n")
+        metric = report["measured"]["headline_metric"]
+        numbers = {f"{metric}/{arm}": found[metric]["value"]
+                   for part in ("arms", "differences") for arm, found in report[part].items() if metric in found}
+        tracker.log_metrics(0, numbers)
+        tracker.log_artifacts(folder)
+    return numbers
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted JSON with a line end: equal values are equal bytes."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8",
+                    newline="\n")
