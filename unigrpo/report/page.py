@@ -171,10 +171,9 @@ def curves(inputs: Inputs, config: Config, colors: Mapping[str, str]) -> list[st
     runs = [c for c in inputs.checkpoints if c.run not in ("base", "sft")]
     parts = []
     if runs and (image := curves_figure(runs, training_panels(config.train.updates_per_rollout), colors)):
-        parts.append(markup.figure(image, "training curves of the RL runs",
-                                   ("Training by reinforcement, running means" if len(runs) > 1 else "Training by reinforcement: "
-                                    "faint as logged, strong as a running mean") + ". docs/curves.md says what each looks like "
-                                   "when healthy and when sick."))
+        drawn = "running means" if len(runs) > 1 else "faint as logged, strong as a running mean"
+        parts.append(markup.figure(image, "training curves of the RL runs", f"Training by reinforcement, {drawn}. "
+                                   "docs/curves.md says what each looks like when healthy and when sick."))
     for checkpoint in inputs.checkpoints:
         if checkpoint.run in ("base", "sft") and (image := curves_figure([checkpoint], SUPERVISED_PANELS, colors)):
             title = {"base": "The base model, from scratch", "sft": "The warm-up on thinking"}[checkpoint.run]
