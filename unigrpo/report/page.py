@@ -231,7 +231,9 @@ def leakage(inputs: Inputs) -> list[str]:
 
 def prompts(inputs: Inputs) -> list[str]:
     """Statistics of curation, the splits side by side."""
-    splits = {name: found for name, found in inputs.statistics.items() if isinstance(found, Mapping)}
+    order = ("sft", "train", "validation", "eval")
+    splits = {name: inputs.statistics[name] for name in sorted(inputs.statistics, key=lambda name: (
+        order.index(name) if name in order else len(order), name)) if isinstance(inputs.statistics[name], Mapping)}
     groups: dict[str, dict[str, dict[str, Any]]] = {}            # heading -> row -> split -> value
     for split, found in splits.items():
         for key, value in found.items():
@@ -260,7 +262,10 @@ def amount(value: float | None) -> str:
     """A count; powers of ten where it is long."""
     if value is None:
         return "–"
-    return markup.number(float(value)) if abs(value) < 1e9 else f"{value:.3g}".replace("e+", " × 10<sup>") + "</sup>"
+    if abs(value) < 1e9:
+        return markup.number(float(value))
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{digits} × 10<sup>{int(power)}</sup>"
 
 
 def how(report: Mapping[str, Any]) -> list[str]:
