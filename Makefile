@@ -56,12 +56,12 @@ store: .unigrpo/store.stamp
 
 repro: store
 	@$(DVC) repro report@$(SCALE)-main
-	@.venv/bin/unigrpo table --scale $(SCALE)
+	@.venv/bin/unigrpo report --scale $(SCALE)
 
 experiments: repro
 	@.venv/bin/unigrpo experiment names --scale $(SCALE) | xargs -P $(JOBS) -I NAME $(DVC) repro NAME
 	@$(DVC) repro
-	@.venv/bin/unigrpo table --scale $(SCALE) --which experiments
+	@.venv/bin/unigrpo report --scale $(SCALE) --which experiments
 
 smoke: .venv/.stamp
 	@.venv/bin/python tests/pipeline_copy.py

@@ -56,22 +56,8 @@ def stage_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def table_command(args: argparse.Namespace) -> int:
-    """Print the results of a report, and where to look."""
-    from unigrpo.report.table import results_table
-
-    root = project_root()
-    path = root / "artifacts" / args.scale / args.which / "report.json"
-    if not path.is_file():
-        raise ValueError(f"{path.relative_to(root)} is missing: `make repro` makes it")
-    print(results_table(path))
-    page = path.with_name("report.html").relative_to(root)
-    print(f"\nreport      {page}\nruns        make ui (MLflow)\nsamples     artifacts/{args.scale}/<checkpoint>/samples/")
-    return 0
-
-
 def report_command(args: argparse.Namespace) -> int:
-    """Print a report's results, or write them into the README."""
+    """Print a report's results and where to look, or write them into the README."""
     root = project_root()
     if args.readme:
         from unigrpo.report.readme import write_readme
@@ -79,7 +65,13 @@ def report_command(args: argparse.Namespace) -> int:
         changed = write_readme(root, args.scale)
         print("\n".join(f"wrote {path.relative_to(root)}" for path in changed) or "nothing to change")
         return 0
-    return table_command(args)
+    from unigrpo.report.table import results_table
+
+    folder = Path("artifacts") / args.scale / args.which
+    print(results_table(root / folder / "report.json"))
+    print(f"\nreport      {folder}/report.html\nruns        make ui (MLflow)\n"
+          f"samples     {folder.parent}/<checkpoint>/samples/")
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,15 +98,10 @@ def parser() -> argparse.ArgumentParser:
     store = commands.add_parser("store", help="make MLflow's database, or bring it to the installed version")
     store.set_defaults(function=store_command)
 
-    table = commands.add_parser("table", help="print a report's results")
-    table.add_argument("--scale", default="tiny")
-    table.add_argument("--which", choices=["report", "experiments"], default="report")
-    table.set_defaults(function=table_command)
-
     report = commands.add_parser("report", help="a report's results as a table, or into the README")
     report.add_argument("--scale", default="tiny")
-    report.add_argument("--which", choices=["report", "experiments"], default="report")
-    report.add_argument("--readme", action="store_true", help="rewrite the results of README.md and docs/images/results.png")
+    report.add_argument("--which", choices=["report", "experiments"], default="report", help="a folder of artifacts/<scale>/")
+    report.add_argument("--readme", action="store_true", help="rewrite the README's table and picture")
     report.set_defaults(function=report_command)
     return top
 
