@@ -177,12 +177,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
                                               enable_gqa=grouped).to(value.dtype)
 
 
+COMPACT_MULTIPLE = 64  # tokens; few distinct sizes, as matrix kernels are compiled once a size
+
+
 @dataclass(frozen=True)
 class Compact:
     """Where the real tokens of a padded batch stand, so that padding is attended around but never computed.
 
     Args:
-        index: (M,) int64 places of the real tokens in the flattened (B * T) batch. rows, columns: B and T.
+        index: (M,) int64 places of the computed tokens in the flattened (B * T) batch: the real ones, and as much padding
+            as makes M a multiple of COMPACT_MULTIPLE where there is enough. rows, columns: B and T.
     """
 
     index: Tensor
@@ -192,9 +196,11 @@ class Compact:
     @classmethod
     def of(cls, lengths: Tensor, columns: int, behind: int = 0) -> Compact:
         """The first `lengths` of `columns` columns, and all of `behind` further ones."""
-        valid = torch.arange(columns + behind, device=lengths.device)
-        valid = (valid < lengths[:, None]) | (valid >= columns)
-        return cls(valid.flatten().nonzero()[:, 0], len(lengths), columns + behind)
+        place = torch.arange(columns + behind, device=lengths.device)
+        valid = ((place < lengths[:, None]) | (place >= columns)).flatten()
+        index, padding = valid.nonzero()[:, 0], (~valid).nonzero()[:, 0]
+        index = torch.cat([index, padding[:-len(index) % COMPACT_MULTIPLE]]).sort().values
+        return cls(index, len(lengths), columns + behind)
 
     def gather(self, x: Tensor) -> Tensor:
         """(B, T, ...) -> (M, ...)."""
