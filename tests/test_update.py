@@ -10,8 +10,18 @@ from small import draw, sample, small_config, small_policy, small_prompts
 
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.mismatch import MismatchError, check_rollouts, mismatch_metrics
-from unigrpo.update import (anchor, expert_parameters, image_clip, minibatches, objective, optimizer_step, rl_optimizer,
-                            schedule_factor, trainable_experts, update_rows)
+from unigrpo.update import (
+    anchor,
+    expert_parameters,
+    image_clip,
+    minibatches,
+    objective,
+    optimizer_step,
+    rl_optimizer,
+    schedule_factor,
+    trainable_experts,
+    update_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +172,8 @@ def test_frozen_parts_get_no_gradient(config):
         assert chosen.keys() == expert_parameters(policy.model, expert).keys()
         free = {n for n, p in policy.model.named_parameters() if p.requires_grad}
         assert free == set(chosen)
-        assert not any(word in n for n in free for word in ("embed", "lm_head", ".norm.", "time_embedder", "vae2llm", "llm2vae"))
+        frozen = ("embed", "lm_head", ".norm.", "time_embedder", "vae2llm", "llm2vae")
+        assert not any(word in n for n in free for word in frozen)
 
 
 def test_schedule_warms_up_and_decays_to_zero(config):
