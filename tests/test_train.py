@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import small_config, small_policy, small_prompts
 
-from unigrpo.checkpoint import (load_training_state, restore_optimizers, save_training_state, weights_digest)
+from unigrpo.checkpoint import load_training_state, restore_optimizers, save_training_state, weights_digest
 from unigrpo.mismatch import MismatchError
 from unigrpo.seeding import generator
 from unigrpo.train import train
