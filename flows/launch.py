@@ -42,7 +42,8 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_T
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (\[\d+/\w+/\d+ \(pid \d+\)\] ?)?")  # Metaflow's, on every line
-CHATTER = re.compile(r"Workflow starting|Task is starting|Task finished successfully|Done!$|Flushing logs|Terminating 0|\s*$")
+CHATTER = re.compile("|".join((r"\s*$", "Workflow starting", "Task is starting", "Task finished successfully", "Done!$",
+                               "Flushing logs", r"Terminating \d", r"\[KILLED BY", r"Killing \d", "This failed task")))
 
 
 def git(*arguments: str) -> str | None:
@@ -93,13 +94,18 @@ def run_flow(job: Job, config: Config) -> int:
     child = subprocess.Popen(command, cwd=ROOT, env=environment(config, os.environ), text=True, errors="replace",
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Ctrl-C reaches the whole group: the step stops where it can go on later, and we wait for it to do so.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts: list[int] = []
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
     signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     assert child.stdout is not None
     for line in child.stdout:
         if not CHATTER.match(line := STAMP.sub("", line)):
             print(line, end="", flush=True)
-    return child.wait()
+    status = child.wait()
+    if interrupts and status:
+        print(f"{job.stage} {job.name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
+        return 130
+    return status
 
 
 def main(arguments: list[str]) -> int:
