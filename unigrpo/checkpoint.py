@@ -31,6 +31,9 @@ def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenize
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", metadata=METADATA)
     tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"  # a reloaded tokenizer remembers where it came from; its bytes must not
+    settings = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 
 def load_checkpoint(folder: Path) -> tuple[MoTModel, PreTrainedTokenizerBase]:

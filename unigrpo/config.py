@@ -121,6 +121,7 @@ class BaseConfig(SupervisedConfig):
 
     source: Literal["scratch"]
     plan_share: Share
+    pair_share: Share
 
 
 class DriftGate(Section):
@@ -365,10 +366,13 @@ def merge(values: dict[str, Any], change: dict[str, Any], origin: dict[tuple[str
     for key, value in change.items():
         place = (*prefix, str(key))
         origin[place] = path
-        old = out.get(key)
-        replaces = place == ("reward", "weights")  # another set of rewards, not additions to the old one
-        out[key] = merge(old, value, origin, path, place) if isinstance(old, dict) and isinstance(value, dict) \
-            and not replaces else value
+        if isinstance(value, dict):
+            old = out.get(key)
+            replaces = place == ("reward", "weights")  # another set of rewards, not additions to the old one
+            value = merge(old if isinstance(old, dict) and not replaces else {}, value, origin, path, place)
+        elif isinstance(out.get(key), dict) and value is None:
+            value = out[key]  # a section left empty changes nothing
+        out[key] = value
     return out
 
 

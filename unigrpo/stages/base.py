@@ -12,6 +12,7 @@ from unigrpo.config import Config, SupervisedConfig
 from unigrpo.cost import supervised_cost
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
+from unigrpo.prompts.curate import split_of
 from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, SupervisedBatch, collate, supervised_optimizers, train_supervised
@@ -39,15 +40,26 @@ def fresh_policy(config: Config) -> BagelPolicy:
 
 
 def caption_batch(policy: BagelPolicy, config: Config, step: int) -> SupervisedBatch:
-    """Random scenes with their plan or a literal caption, or without any (condition dropout)."""
+    """Random scenes with their plan, a literal caption, both (the caption, then its plan), or neither (dropout)."""
     settings, rng = config.base, generator(config.base.seed, "base", step)
+    shares = config.curate.shares.model_dump()
+
+    def reserved(key: str) -> bool:
+        return split_of(key, config.curate.seed, shares) in ("validation", "eval")
+
     scenes = [random_scene(rng) for _ in range(settings.texts_per_step)]
-    texts: list[str | None] = []
+    examples = []
     for scene in scenes:
-        drop, plan = rng.random(2) < (settings.condition_dropout, settings.plan_share)
-        texts.append(None if drop else plan_text(scene, rng) if plan else caption_text(scene, rng))
-    return collate(policy, [Example((), text) for text in texts], render(scenes, rng), rng,
-                   images_per_text=settings.images_per_text)
+        drop, kind = rng.random(2)
+        if drop < settings.condition_dropout:
+            examples.append(Example((), None))
+        elif kind < settings.plan_share:
+            examples.append(Example((), plan_text(scene, rng)))
+        elif kind < settings.plan_share + settings.pair_share:
+            examples.append(Example((caption_text(scene, rng, reserved=reserved),), plan_text(scene, rng)))
+        else:
+            examples.append(Example((), caption_text(scene, rng, reserved=reserved)))
+    return collate(policy, examples, render(scenes, rng), rng, images_per_text=settings.images_per_text)
 
 
 def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig, batches) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from unigrpo.worlds.shapes.scene import BACKGROUND, CELL_CENTERS, CELLS, IMAGE_SIZE, PALETTE, SHAPES, Scene
 
-JITTER = 0.7  # px, uniform in each direction; with 8.4 px shapes on an 11 px grid neighbours stay 1.2 px apart
+JITTER = 0.5  # px, uniform in each direction; with 8.4 px shapes on an 11 px grid neighbours stay 1.6 px apart
 SIZE_VARIATION = 0.03  # relative, uniform
 RADIUS = 4.2  # px, half the extent of circle, triangle and cross; the square is smaller, so that areas are alike
 SQUARE_RADIUS = 3.8  # px
