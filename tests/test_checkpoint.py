@@ -9,8 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import small_config, small_policy
 
-from unigrpo.checkpoint import (load_checkpoint, load_training_state, optimizer_tensors, restore_optimizers, save_checkpoint,
-                                save_training_state)
+from unigrpo.checkpoint import (
+    load_checkpoint,
+    load_training_state,
+    optimizer_tensors,
+    restore_optimizers,
+    save_checkpoint,
+    save_training_state,
+)
 from unigrpo.sft import supervised_optimizers
 
 
@@ -31,7 +37,7 @@ def test_round_trip_is_exact_and_writing_is_deterministic(saved, tmp_path):
     save_checkpoint(tmp_path / "again", model, tokenizer)
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
-    assert not any(word in (folder / "config.json").read_text() for word in (str(tmp_path), "_name_or_path"))
+    assert str(tmp_path) not in (folder / "config.json").read_text()
 
 
 @pytest.mark.parametrize(("damage", "message"), [

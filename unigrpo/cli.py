@@ -56,6 +56,14 @@ def stage_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan_command(args: argparse.Namespace) -> int:
+    """Print what a run will do: counts, memory, seconds."""
+    from unigrpo.plan import plan_run
+
+    print(plan_run(args.scale, args.run, project_root(), probe=not args.no_probe))
+    return 0
+
+
 def report_command(args: argparse.Namespace) -> int:
     """Print a report's results and where to look, or write them into the README."""
     root = project_root()
@@ -94,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
     stage.add_argument("stage")
     stage.add_argument("name")
     stage.set_defaults(function=stage_command)
+
+    plan = commands.add_parser("plan", help="what a run will do: prompts, images, updates, memory, seconds")
+    plan.add_argument("--scale", default="tiny")
+    plan.add_argument("--run", default="unigrpo", help="an entry of params/runs.yaml")
+    plan.add_argument("--no-probe", action="store_true", help="no time estimate, which takes a few steps of training")
+    plan.set_defaults(function=plan_command)
 
     store = commands.add_parser("store", help="make MLflow's database, or bring it to the installed version")
     store.set_defaults(function=store_command)
