@@ -3,8 +3,7 @@
 Golden tests are parametrised over the files of tests/golden/data, of each folder given with --golden-dir, and, for files
 that neither has, of ../shared/golden next to the checkout where that exists. A folder may hold algorithm.json,
 geneval.json, t2i_compbench.json and a sub-folder bagel/, or be a bagel folder itself (config.json and manifest.json).
-What no folder has is not collected. Write --golden-dir=DIR, or name the tests as well (pytest tests --golden-dir DIR):
-before it has read this file, pytest takes a lone DIR for the folder of the tests.
+What no folder has is not collected. The option itself comes from the package's pytest plugin (unigrpo.pytest_golden).
 """
 
 from __future__ import annotations
@@ -22,11 +21,6 @@ GOLDEN_NAMES = ("algorithm.json", "geneval.json", "t2i_compbench.json", "bagel/m
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden-dir", action="append", default=[], metavar="DIR",
-                     help="a further folder of golden data; may be given several times")
 
 
 def pytest_configure(config: pytest.Config) -> None:

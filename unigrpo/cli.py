@@ -30,11 +30,11 @@ def experiment_command(args: argparse.Namespace) -> int:
 
 
 def names_command(args: argparse.Namespace) -> int:
-    """Print the items of `evaluate` in dvc.yaml, one a line: what can be run side by side."""
+    """Print the items of `train` or `evaluate` in dvc.yaml, one a line: what can run side by side."""
     from unigrpo.stages import read_experiment
 
-    evaluations = read_experiment(project_root())["evaluations"]
-    print("\n".join(f"evaluate@{name}" for name, item in evaluations.items() if item["scale"] == args.scale))
+    items = read_experiment(project_root())[{"train": "trainings", "evaluate": "evaluations"}[args.stage]]
+    print("\n".join(f"{args.stage}@{name}" for name, item in items.items() if item["scale"] == args.scale))
     return 0
 
 
@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
     experiment = commands.add_parser("experiment", help="the list of trainings and evaluations")
     actions = experiment.add_subparsers(dest="action", required=True)
-    names = actions.add_parser("names", help="the evaluations of a scale, as dvc names them")
+    names = actions.add_parser("names", help="the trainings or evaluations of a scale, as dvc names them")
+    names.add_argument("--stage", choices=["train", "evaluate"], required=True)
     names.add_argument("--scale", default="tiny")
     names.set_defaults(function=names_command)
     writes = actions.add_parser("write", help="runs x seeds into params/ and dvc.yaml")

@@ -70,7 +70,8 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
     # Kept for the backward pass, per token and layer: norms, q/k/v, attention, residuals (14 widths) and the MLP (4 inner).
     activation = config_model.num_hidden_layers * (14 * config_model.hidden_size + 4 * config_model.intermediate_size) * 4
     memory = {"weights": 4 * total, "gradients": 4 * optimised, "optimizer (two moments)": 8 * optimised,
-              "reference (frozen copy)": 4 * optimised, "text and image caches of a rollout": rollouts * (context + image) * cache,
+              "reference (frozen copy)": 4 * optimised,
+              "text and image caches of a rollout": rollouts * (context + image) * cache,
               "trajectories": rollouts * (4 * rollout.window.size + 1) * image * config_model.token_channels * 4,
               "activations of a micro-batch": tokens * activation}
     seconds = measure(config) if probe and total <= PROBE_LIMIT else {}
@@ -113,7 +114,8 @@ def measure(config: Config) -> dict[str, float]:
         verdict_rows(batch.images, [r for r, _ in batch.rows], batch.texts, samples=[i for _, i in batch.rows], cfg=batch.cfg,
                      cell=batch.cell)
     image = (time.perf_counter() - start) / (count * 2)
-    return {"base": supervised * config.base.steps, "sft": supervised * config.sft.steps, "train": step * config.train.num_steps,
+    return {"base": supervised * config.base.steps, "sft": supervised * config.sft.steps,
+            "train": step * config.train.num_steps,
             "evaluate, each checkpoint": image * config.evaluate.prompts * config.evaluate.images_per_prompt}
 
 
