@@ -59,7 +59,9 @@ repro: store
 	@.venv/bin/unigrpo report --scale $(SCALE)
 
 experiments: repro
-	@.venv/bin/unigrpo experiment names --scale $(SCALE) | xargs -P $(JOBS) -I NAME $(DVC) repro NAME
+	@for stage in train evaluate; do \
+	  .venv/bin/unigrpo experiment names --scale $(SCALE) --stage $$stage | xargs -P $(JOBS) -I NAME $(DVC) repro -s NAME; \
+	done
 	@$(DVC) repro
 	@.venv/bin/unigrpo report --scale $(SCALE) --which experiments
 
