@@ -111,7 +111,8 @@ def specification(record: PromptRecord) -> Specification:
 
 
 def draw(spec: Specification, rng: np.random.Generator) -> Scene:
-    """A random scene that satisfies the specification: free colours and cells are drawn independently.
+    """A random scene that satisfies the specification: free colours and cells are drawn independently, objects follow the
+    prompt's order.
 
     The two objects of a relation are placed so that no jitter can turn it (`relation_holds(strict=True)`).
     """
@@ -126,13 +127,16 @@ def draw(spec: Specification, rng: np.random.Generator) -> Scene:
         free = [cell for cell in free if cell not in (a, b)]
     free = [free[int(i)] for i in rng.permutation(len(free))]
     objects = []
-    for index, clause in enumerate(spec.clauses):
-        cells = places.get(index, [])
+    spoken = list(range(len(spec.clauses)))  # the prompt's order: a relation names its subject before its target
+    if spec.relation is not None:
+        spoken = [*spec.relation[1:], *(i for i in spoken if i not in spec.relation[1:])]
+    for index in spoken:
+        clause, cells = spec.clauses[index], places.get(index, [])
         while len(cells) < clause.count:
             cells = [*cells, free.pop()]
         for cell in cells:
             objects.append(Object(clause.color or COLORS[int(rng.integers(len(COLORS)))], clause.shape, cell))
-    return tuple(objects[int(i)] for i in rng.permutation(len(objects)))
+    return tuple(objects)
 
 
 def satisfies(scene: Scene, spec: Specification) -> bool:
