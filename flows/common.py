@@ -87,7 +87,7 @@ def gallery_rows(folder: Path, limit: int) -> list[list[Any]]:
     for entry in entries[-limit:]:
         image = folder / str(entry.get("image", ""))
         shown = Image(image.read_bytes()) if image.is_file() else ""
-        score = entry.get("reward", entry.get("correct", ""))
+        score = entry.get("reward", entry.get("exact", ""))
         rows.append([shown, str(entry.get("prompt", "")), str(entry.get("thinking", "")), str(score)])
     return rows
 

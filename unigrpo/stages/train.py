@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from unigrpo.types import PromptRecord, Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 
 PROBE_SEED = 1_000_003  # probes look at other noise than evaluation does
+INERT_PENALTY = 0.01  # a penalty whose gradient is this share of the policy's, or less, holds nothing
 
 
 def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
@@ -117,6 +119,12 @@ def record(stage: Session, policy: BagelPolicy, probes: Sequence[PromptRecord], 
         stage.add_pictures(images, [
             {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text, "reward": round(float(score), 4)}
             for i, text, score in zip(rows, texts, scores.value, strict=True)])
+    if step > settings.num_steps // 2 and metrics.get("image/penalty_gradient_ratio", 1.0) < INERT_PENALTY:
+        metrics = metrics | {"image/penalty_inert": 1.0}
+        if not any("image/penalty_inert" in row for row in stage.curves):
+            print(f"{stage.name}: the gradient of objective.image.regularizer_weight="
+                  f"{stage.config.objective.image.regularizer_weight:g} is "
+                  f"{metrics['image/penalty_gradient_ratio']:.1%} of the policy's; raise it, or call the run unregularised", file=sys.stderr, flush=True)
     probed = {"probe_exact": metrics["probe/exact"]} if "probe/exact" in metrics else {}
     stage.log(step, metrics, reward=metrics["reward/mean"], **probed)
 
