@@ -64,7 +64,8 @@ def test_losses_by_hand(policy):
 
 def test_dropped_condition_sees_no_text(policy):
     """A sample without text gives the same velocity whatever stands in its padding."""
-    batch = collate(policy, [Example((), None), Example((), "red circle top .")], IMAGES[:2], generator(0, "x"), images_per_text=1)
+    examples = [Example((), None), Example((), "red circle top .")]
+    batch = collate(policy, examples, IMAGES[:2], generator(0, "x"), images_per_text=1)
     latents = batch.noise
     _, first = policy.packed(batch.tokens, batch.lengths, latents, batch.sigma)
     other = batch.tokens.clone()

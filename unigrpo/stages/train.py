@@ -119,12 +119,11 @@ def record(stage: Session, policy: BagelPolicy, probes: Sequence[PromptRecord], 
         stage.add_pictures(images, [
             {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text, "reward": round(float(score), 4)}
             for i, text, score in zip(rows, texts, scores.value, strict=True)])
-    if step > settings.num_steps // 2 and metrics.get("image/penalty_gradient_ratio", 1.0) < INERT_PENALTY:
+    if step > settings.num_steps // 2 and (ratio := metrics.get("image/penalty_gradient_ratio", 1.0)) < INERT_PENALTY:
         metrics = metrics | {"image/penalty_inert": 1.0}
         if not any("image/penalty_inert" in row for row in stage.curves):
-            print(f"{stage.name}: the gradient of objective.image.regularizer_weight="
-                  f"{stage.config.objective.image.regularizer_weight:g} is "
-                  f"{metrics['image/penalty_gradient_ratio']:.1%} of the policy's; raise it, or call the run unregularised", file=sys.stderr, flush=True)
+            print(f"{stage.name}: the penalty's gradient is {ratio:.1%} of the policy's; raise "
+                  "objective.image.regularizer_weight, or call the run unregularised", file=sys.stderr, flush=True)
     probed = {"probe_exact": metrics["probe/exact"]} if "probe/exact" in metrics else {}
     stage.log(step, metrics, reward=metrics["reward/mean"], **probed)
 
