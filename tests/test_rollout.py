@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import sample, small_config, small_policy, small_prompts
+from small import draw, sample, small_config, small_policy, small_prompts
 
 from unigrpo.evaluate import shuffled_rows
 from unigrpo.models.bagel import concatenate_rows, encode_segments, packed_mask, word_tokenizer
@@ -196,3 +196,13 @@ def test_shuffled_thinking_is_always_another_prompts():
     assert sorted(rows.flatten().tolist()) == list(range(21))
     assert (rows // 3 != np.arange(7)[:, None]).all()
     assert (rows % 3 == np.arange(3)).all()
+
+
+def test_a_sliding_window_moves_with_the_training_step(config):
+    """Place by place, one training step each, and round again; siblings share it."""
+    window = config.rollout.window.model_copy(update={"kind": "sliding", "size": 2, "range": (0, 3)})
+    sliding = config.model_copy(update={"rollout": config.rollout.model_copy(update={"window": window})})
+    policy = small_policy(sliding)
+    steps = [policy.generate(small_prompts(1), group_size=2, sampling=sliding.rollout, step=step,
+                             generators=lambda purpose, *key: draw(purpose, 0, *key)).image.steps.tolist() for step in range(3)]
+    assert steps == [[0, 1], [1, 2], [0, 1]]

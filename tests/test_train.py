@@ -130,6 +130,25 @@ def test_missing_rewards_stop_the_run():
         run(policy, optimizer, config, broken)
 
 
+def test_a_non_finite_reward_gradient_is_skipped_until_there_are_too_many(monkeypatch):
+    """A NaN that reaches the loss costs an update, is counted, and stops the run past train.max_skipped."""
+    config = learning_config(num_steps=4, max_skipped=3)
+    policy, optimizer = setup(config)
+    original = policy.replay
+
+    def poisoned(rollouts, **kwargs):
+        replay = original(rollouts, **kwargs)
+        if torch.is_grad_enabled() and rollouts.image.old_means is not None:
+            replay.velocities.register_hook(lambda gradient: gradient * float("nan"))
+        return replay
+
+    monkeypatch.setattr(policy, "replay", poisoned)
+    before = weights_digest(dict(policy.model.state_dict()))
+    with pytest.raises(ValueError, match="4 updates had gradients that are not finite"):
+        run(policy, optimizer, config, brightness)
+    assert weights_digest(dict(policy.model.state_dict())) == before
+
+
 def test_a_mismatch_stops_the_run_before_any_update():
     config = learning_config()
     policy, optimizer = setup(config)

@@ -32,8 +32,12 @@ class UnifiedPolicy(Protocol):
         """1.0 means no classifier-free guidance."""
         ...
 
-    def generate(self, prompts: Sequence[PromptRecord], *, group_size: int, sampling: Any, generators: Draw) -> Rollouts:
-        """Sample P * group_size trajectories; a prompt's prefix is computed once for its whole group."""
+    def generate(self, prompts: Sequence[PromptRecord], *, group_size: int, sampling: Any, generators: Draw,
+                 step: int = 0) -> Rollouts:
+        """Sample P * group_size trajectories; a prompt's prefix is computed once for its whole group.
+
+        `step` is the training step: a sliding window moves with it.
+        """
         ...
 
     def replay(self, rollouts: Rollouts, *, velocities: bool = True) -> Replay:

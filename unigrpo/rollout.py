@@ -199,7 +199,7 @@ class BagelPolicy:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[PromptRecord], *, group_size: int, sampling: RolloutConfig,
-                 generators: Draw) -> Rollouts:
+                 generators: Draw, step: int = 0) -> Rollouts:
         """Sample thinking and images for every prompt, `group_size` siblings each. See UnifiedPolicy.generate."""
         siblings = [(p, i) for p in prompts for i in range(group_size)]
         tokens, lengths = self.encode(prompts)
@@ -212,7 +212,7 @@ class BagelPolicy:
                      top_k=sampling.top_k)
         sigmas = sigma_schedule(sampling.num_steps, sampling.shift)
         window = choose_window(sampling.window.kind, sampling.window.size, sampling.window.range,
-                               rng=generators("window"))
+                               rng=generators("window"), step=step)
         shape = (image_tokens, channels)
         noise = np.stack([generators("latents", p.id, 0 if sampling.shared_noise else i).standard_normal(shape, np.float32)
                           for p, i in siblings])

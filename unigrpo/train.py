@@ -37,9 +37,8 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
     """
     updates, skipped = config.train.updates_per_rollout, 0
     for step in range(start_step, config.train.num_steps):
-        rollouts = policy.generate(prompts(step),
-                                   group_size=config.rollout.group_size, sampling=config.rollout,
-                                   generators=partial(draw_at, draw, step))               # thinking, then images
+        rollouts = policy.generate(prompts(step), group_size=config.rollout.group_size, sampling=config.rollout,
+                                   generators=partial(draw_at, draw, step), step=step)    # thinking, then images
         rewards = reward_fn(rollouts)                                                     # records; NaN where missing
         advantages, metrics = assign_credit(rewards, rollouts.segments, group_size=config.rollout.group_size,
                                             weights=config.reward.weights, **config.credit.model_dump())
@@ -63,7 +62,8 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
                 loss.backward()
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-            assert update > 0 or sums["text/ratio_variation"] + sums["image/ratio_variation"] < 1e-12, "ratio is not 1"
+            # Not "< 1e-12": a NaN is the optimizer step's to refuse and count.
+            assert update > 0 or not sums["text/ratio_variation"] + sums["image/ratio_variation"] >= 1e-12, "ratio is not 1"
             stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip)
             skipped += int(stats["optim/skipped"])
             metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
