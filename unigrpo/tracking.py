@@ -81,6 +81,20 @@ def experiment_id(client: Any, root: Path, name: str) -> str:
         return str(client.create_experiment(name, artifact_location=location))
 
 
+def run_exists(client: Any, run_id: str) -> bool:
+    """Whether the store knows a run. Any other trouble than its absence is the caller's to handle."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return False
+        raise
+    return True
+
+
 class Journal:
     """The local records of one run: an append-only JSONL, and beside it how much of it MLflow has (`.sent`)."""
 
@@ -127,6 +141,8 @@ class Journal:
         new = records[state["lines"]:]
         if start is None or (not new and (state["closed"] or not abandoned)):
             return
+        if state["run_id"] is not None and not run_exists(client, state["run_id"]):
+            state, new = {"lines": 0, "run_id": None, "closed": False}, records  # the store was deleted: tell it all again
         if state["run_id"] is None:
             experiment = experiment_id(client, self.root, start["scale"])
             run = client.create_run(experiment, start_time=start["time"], run_name=start["name"], tags=start["tags"])
