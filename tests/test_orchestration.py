@@ -419,18 +419,19 @@ def test_a_tracker_that_is_down_never_stops_a_stage_and_gets_all_later(tmp_path,
         ("smoke", (tmp_path / "mlartifacts").as_uri() + "/smoke")]
 
 
-def test_a_deleted_store_gets_everything_again(tmp_path):
-    """Somebody removed mlflow.db while a run of it was unfinished: its records are told anew, and block no other run."""
+def test_a_run_that_the_store_no_longer_has_is_told_anew(tmp_path):
+    """Somebody removed mlflow.db while a run of it was unfinished: its records go into a new run, and block no other."""
     (tmp_path / "resume").mkdir()
     with track("train", "x", CONFIG, {}, tmp_path, tmp_path / "resume") as tracker:
         tracker.log_metrics(0, {"reward/mean": 0.25})
-    for path in tmp_path.glob("mlflow.db*"):
-        path.unlink()
+    note, = (tmp_path / ".unigrpo" / "tracking").glob("*.sent")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"run_id": "0" * 32}))  # an id that this store never gave
     with track("train", "x", CONFIG, {}, tmp_path, tmp_path / "resume") as tracker:
         tracker.log_metrics(1, {"reward/mean": 0.5})
     assert not tracker.down
-    assert rows(tmp_path, "select name, status from runs") == [("train/x", "FINISHED")]
-    assert rows(tmp_path, "select step, value from metrics where key = 'reward/mean' order by step") == [(0, 0.25), (1, 0.5)]
+    new = json.loads(note.read_text())["run_id"]
+    assert rows(tmp_path, f"select step, value from metrics where key = 'reward/mean' and run_uuid = '{new}' order by step") == [
+        (0, 0.25), (1, 0.5)]
 
 
 KILLED = """
