@@ -430,8 +430,8 @@ def test_a_run_that_the_store_no_longer_has_is_told_anew(tmp_path):
         tracker.log_metrics(1, {"reward/mean": 0.5})
     assert not tracker.down
     new = json.loads(note.read_text())["run_id"]
-    assert rows(tmp_path, f"select step, value from metrics where key = 'reward/mean' and run_uuid = '{new}' order by step") == [
-        (0, 0.25), (1, 0.5)]
+    told = rows(tmp_path, f"select step, value from metrics where key = 'reward/mean' and run_uuid = '{new}' order by step")
+    assert told == [(0, 0.25), (1, 0.5)]
 
 
 KILLED = """
