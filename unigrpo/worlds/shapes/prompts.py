@@ -156,7 +156,7 @@ def _reasoning_spec(kind: str, tag_weights: Mapping[str, float], rng: np.random.
 
 def sample_record(rng: np.random.Generator, *, reasoning_kinds: Sequence[str] = KINDS, reasoning_share: float = 0.65,
                   reasoning_difficulty: int = 1, tag_weights: Mapping[str, float] | None = None,
-                  object_shares: Sequence[float] = (0.30, 0.40, 0.24, 0.06), cell_share: float = 0.3,
+                  object_shares: Sequence[float] = (0.38, 0.42, 0.17, 0.03), cell_share: float = 0.3,
                   heldout_share: float = 0.15) -> PromptRecord:
     """One random prompt.
 

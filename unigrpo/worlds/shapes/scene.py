@@ -65,8 +65,11 @@ def relation_holds(relation: str, subject: str, target: str, *, strict: bool = F
 
 
 def random_scene(rng: np.random.Generator, max_objects: int = MAX_OBJECTS) -> Scene:
-    """A scene with about the distribution of the prompts' scenes: mostly one to three objects, sometimes several alike."""
-    weights = np.array([0.30, 0.36, 0.26, 0.08])[:max_objects]
+    """A scene for pretraining: one to four objects, more than prompts ask for, sometimes several alike.
+
+    A picture of one object says nothing about which colour, shape and cell belong together; pictures of several do.
+    """
+    weights = np.array([0.15, 0.40, 0.32, 0.13])[:max_objects]
     count = 1 + int(rng.choice(len(weights), p=weights / weights.sum()))
     cells = [CELLS[int(i)] for i in rng.permutation(len(CELLS))[:count]]
     shapes = [SHAPES[int(i)] for i in rng.integers(len(SHAPES), size=count)]
