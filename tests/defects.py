@@ -1,7 +1,7 @@
 """Pictures with something wrong on purpose: what the verifier must refuse, as families to draw from.
 
-Each family draws one object with a defect, over the plain background, with the renderer's own coverage. Scenes hold nothing else:
-a picture is accepted when all that is found in it is known.
+Each family draws one object with a defect, over the plain background, with the renderer's own coverage. A picture is accepted
+when all that is found in it is known, whatever it is taken for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from unigrpo.worlds.shapes.verify import verify
 
 GROUND = np.array(BACKGROUND)
 COLOR_VALUES = np.array([PALETTE[name] for name in COLORS])
+VISIBLE = 6.0  # px of area, a tenth of a shape's
 ROUNDING = 0.5 / 255  # a smaller change of a pixel is none
 
 
@@ -110,15 +111,37 @@ def merged(count: int, rng: np.random.Generator, low: float, high: float, *, sam
 def nested(count: int, rng: np.random.Generator, *, same_color: bool) -> np.ndarray:
     """A smaller shape (half to nine tenths of the size) within 1 px of another's centre, in front of it.
 
-    In the same colour only what sticks out can be seen: pictures in which that is less than one pixel of area are left out.
+    In the same colour only what sticks out can be seen, and a shape with its corners filled may be another shape: pictures that
+    differ from the nearest clean drawing of any shape by less than VISIBLE in all are left out.
     """
     lone = Lone(count, rng)
     shape, angle, distance = rng.integers(len(SHAPES), size=count), lone.uniform(0, 2 * np.pi), lone.uniform(0, 1)
     other = coverage(shape[:, None, None], lone.x + distance * np.cos(angle), lone.y + distance * np.sin(angle),
                      lone.uniform(0.5, 0.9))
     if same_color:
-        return lone.paint(np.maximum(lone.alpha, other))[(other - lone.alpha).clip(0).sum((1, 2)) >= 1.0]
+        union = np.maximum(lone.alpha, other)
+        return lone.paint(union)[difference(union) >= VISIBLE]
     return paint(other, lone.other_color(), lone.paint())
+
+
+def difference(alpha: np.ndarray) -> np.ndarray:
+    """(N,) px of area by which a picture differs from the nearest clean drawing of one shape, to the sides' quarter pixel."""
+    total, grid = alpha.sum((1, 2)), np.arange(32)
+    y = np.rint((alpha.sum(2) * grid).sum(1) / total).astype(int)
+    x = np.rint((alpha.sum(1) * grid).sum(1) / total).astype(int)
+    span = np.arange(-8, 9)
+    windows = np.stack([a[i + span[:, None], j + span] for a, i, j in zip(alpha, y, x, strict=True)]).astype(np.float32)
+    best = np.full(len(alpha), np.inf, np.float32)
+    steps = np.arange(-1.0, 1.01, 0.25)
+    for shape in range(len(SHAPES)):
+        shift = 1.4 if SHAPES[shape] == "triangle" else 0.0  # its centroid lies lower than its centre
+        dx, dy, scale = (a.reshape(-1, 1, 1) for a in np.meshgrid(steps, steps - shift, (0.97, 0.985, 1.0, 1.015, 1.03)))
+        full = (len(dx), len(span), len(span))
+        clean = coverage(np.full((len(dx), 1, 1), shape), np.broadcast_to(span - dx, full),
+                         np.broadcast_to(span[:, None] - dy, full), scale).astype(np.float32)
+        for template in clean:
+            best = np.minimum(best, np.abs(windows - template).sum((1, 2)))
+    return best
 
 
 def _hidden(alpha: np.ndarray, other: np.ndarray, *, above: bool = False) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The exact verifier's eyes: pixels to detections, for a whole batch at once.
 
-    8-bit pixels -> colour over background -> connected components -> 13x13 windows -> nearest template and nearest colour
+    8-bit pixels -> colour over background -> connected components -> 13x13 windows -> nearest template, refined -> nearest colour
+                                                                                   -> what is left over: is it noise?
 
 A component that is not clearly one of the shapes in one of the colours is reported as "unknown" instead of being overlooked,
 because reinforcement learning finds whatever a verifier lets through. Sums run over integers held in floats, which makes them
@@ -22,10 +23,11 @@ SOLID = 0.5  # share of a palette colour from which a pixel belongs to a compone
 MIN_AREA = 4  # px; smaller specks are left to the search for faint things
 MAX_SHAPE_RESIDUAL = 0.10  # share of a window's energy that the nearest template leaves unexplained, in one colour
 MAX_RESIDUAL = 0.14  # the same over the three channels: two-coloured or blotchy components exceed it
-MAX_OUTLINE = 0.20  # mean of 3x3 px off the refined template, in shares of full colour: something sticks out or is missing
-MAX_STRETCH = 0.24  # px by which the outline is drawn out; the shares of both limits add up to at most one
+MAX_OUTLINE = 0.15  # mean of 3x3 px off the refined template, in shares of full colour: something sticks out or is missing
+MAX_STRETCH = 0.35  # px by which the outline is drawn out; the shares of both limits add up to at most one
+MAX_SIZE = 1.09  # relative; the renderer stays within 1.03, and two shapes that overlap are larger
 MAX_TINT = 0.115  # RGB, the same mean in other colours than the shape's own: a sliver of another colour
-MAX_TINT_RMS = 0.06  # RGB, root mean square of that over the shape
+MAX_TINT_RMS = 0.05  # RGB, root mean square of that over the shape
 MIN_STRENGTH = 0.85  # share of the palette colour; a shape at 0.8 is faint
 MIN_MASS = 0.76  # relative to a shape of nominal size: a triangle without its base is a triangle again
 MIN_MARGIN = 0.02  # by which the next shape must be worse
@@ -136,7 +138,9 @@ def _defects(residual: np.ndarray, template: np.ndarray, axis: np.ndarray) -> tu
     mean = (across * solid).sum((1, 2)) / np.maximum(solid.sum((1, 2)), 1)
     flat = (len(residual), (side - 2) ** 2)
     unit = 9.0 * 255.0
-    return (np.abs(along).reshape(flat).max(1) / unit, np.sqrt(across.reshape(flat).max(1)) / unit, np.sqrt(mean) / unit)
+    within = template.reshape(len(template), side, side)[:, 1:-1, 1:-1] > 0.5 * LEVELS
+    outline = np.where(within, np.abs(along), np.maximum(along, 0.0))  # a bright halo around a shape is no defect
+    return (outline.reshape(flat).max(1) / unit, np.sqrt(across.reshape(flat).max(1)) / unit, np.sqrt(mean) / unit)
 
 
 def detect_arrays(images: np.ndarray) -> Components:
@@ -188,7 +192,7 @@ def detect_arrays(images: np.ndarray) -> Components:
     per_shape = residuals.reshape(count, len(SHAPES), len(flat) // len(SHAPES)).min(2)
     ranked = np.sort(per_shape, axis=1)
     shape = per_shape.argmin(1)
-    template, stretch = refine(alpha, residuals.argmin(1))
+    template, stretch, size = refine(alpha, residuals.argmin(1))
 
     # Its colour by least squares, and what template and colour together leave unexplained.
     weight = np.maximum(np.einsum("mp,mp->m", template, template), 1.0).astype(np.float64)
@@ -204,9 +208,9 @@ def detect_arrays(images: np.ndarray) -> Components:
     mass = alpha.astype(np.float64).sum(1) / nominal_mass()[shape]
     outside = 1.0 - inside.reshape(count, len(span) ** 2).sum(1) / area  # of a component larger than its window
     whole = ((outline / MAX_OUTLINE + stretch / MAX_STRETCH < 1) & (tint < MAX_TINT) & (tint_rms < MAX_TINT_RMS)
-             & (strength > MIN_STRENGTH) & (mass > MIN_MASS) & (outside == 0))
-    shape_ok = (ranked[:, 0] < MAX_SHAPE_RESIDUAL) & (ranked[:, 1] - ranked[:, 0] > MIN_MARGIN) & (unexplained < MAX_RESIDUAL)
-    shape_ok &= whole
+             & (strength > MIN_STRENGTH) & (size < MAX_SIZE) & (mass > MIN_MASS) & (outside == 0))
+    shape_ok = ((ranked[:, 0] < MAX_SHAPE_RESIDUAL) & (ranked[:, 1] - ranked[:, 0] > MIN_MARGIN)
+                & (unexplained < MAX_RESIDUAL) & whole)
     color_ok = (nearest[:, 0] < MAX_COLOR_DISTANCE) & (nearest[:, 1] - nearest[:, 0] > MIN_COLOR_MARGIN)
 
     return _ordered(

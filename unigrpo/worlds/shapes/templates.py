@@ -61,7 +61,7 @@ def _changes() -> tuple[np.ndarray, np.ndarray]:
     return basis[:, 1:5], np.rint(np.linalg.pinv(basis).transpose(0, 2, 1) * _UNIT)
 
 
-def refine(alpha: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def refine(alpha: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The nearest templates, moved, resized and blurred by the little that fits the windows better.
 
     What a clean drawing differs by from the templates' grid is fitted, so that what remains is noise or a defect; how far the
@@ -71,7 +71,8 @@ def refine(alpha: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     Args:
         alpha: (M, 169) integers, LEVELS is full colour.
         best: (M,) int, the nearest template.
-    Returns: (M, 169) float32 integer templates; (M,) float64 px, how far the outline is drawn out, stretch and slant together.
+    Returns: (M, 169) float32 integer templates; (M,) float64 px, how far the outline is drawn out, stretch and slant together;
+        (M,) float64 relative size.
     """
     derivatives, inverse = _changes()
     fit = np.einsum("mkp,mp->mk", inverse[best], alpha.astype(np.float64)) / _UNIT  # integers below 2^53: exact
@@ -81,4 +82,5 @@ def refine(alpha: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     refined = templates()[0][best].astype(np.float64)
     for k in range(4):  # term by term, in one order
         refined = refined + step[:, k, None] * derivatives[best, k]
-    return np.rint(refined).astype(np.float32), np.sqrt(fit[:, 4] ** 2 + fit[:, 5] ** 2)
+    scale = np.array(SCALES)[best // len(OFFSETS) ** 2 % len(SCALES)]
+    return np.rint(refined).astype(np.float32), np.sqrt(fit[:, 4] ** 2 + fit[:, 5] ** 2), scale + step[:, 2]
