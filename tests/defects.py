@@ -1,7 +1,7 @@
 """Pictures with something wrong on purpose: what the verifier must refuse, as families to draw from.
 
-Each family draws one object with a defect, over the plain background, with the renderer's own coverage. A picture is accepted
-when all that is found in it is known, whatever it is taken for.
+Each family draws one object with a defect, over the plain background, with the renderer's own coverage. A picture is
+accepted when all that is found in it is known, whatever it is taken for.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from unigrpo.types import PromptRecord
 from unigrpo.worlds.shapes import COLORS, SHAPES, Object, random_scene
 from unigrpo.worlds.shapes.detect import detect_arrays
 from unigrpo.worlds.shapes.prompts import make_record
@@ -20,7 +21,7 @@ from unigrpo.worlds.shapes.verify import verify
 
 GROUND = np.array(BACKGROUND)
 COLOR_VALUES = np.array([PALETTE[name] for name in COLORS])
-VISIBLE = 6.0  # px of area, a tenth of a shape's
+VISIBLE = 10.0  # px of area, a fifth of a shape's
 ROUNDING = 0.5 / 255  # a smaller change of a pixel is none
 
 
@@ -111,8 +112,8 @@ def merged(count: int, rng: np.random.Generator, low: float, high: float, *, sam
 def nested(count: int, rng: np.random.Generator, *, same_color: bool) -> np.ndarray:
     """A smaller shape (half to nine tenths of the size) within 1 px of another's centre, in front of it.
 
-    In the same colour only what sticks out can be seen, and a shape with its corners filled may be another shape: pictures that
-    differ from the nearest clean drawing of any shape by less than VISIBLE in all are left out.
+    In the same colour only what sticks out can be seen, and a shape with its corners filled may be another shape: pictures
+    that differ from the nearest clean drawing of any shape by less than VISIBLE in all are left out.
     """
     lone = Lone(count, rng)
     shape, angle, distance = rng.integers(len(SHAPES), size=count), lone.uniform(0, 2 * np.pi), lone.uniform(0, 1)
@@ -120,12 +121,13 @@ def nested(count: int, rng: np.random.Generator, *, same_color: bool) -> np.ndar
                      lone.uniform(0.5, 0.9))
     if same_color:
         union = np.maximum(lone.alpha, other)
-        return lone.paint(union)[difference(union) >= VISIBLE]
+        rows = np.flatnonzero((union - lone.alpha).sum((1, 2)) >= VISIBLE - 2)  # the others differ less from their own shape
+        return lone.paint(union)[rows[difference(union[rows]) >= VISIBLE]]
     return paint(other, lone.other_color(), lone.paint())
 
 
 def difference(alpha: np.ndarray) -> np.ndarray:
-    """(N,) px of area by which a picture differs from the nearest clean drawing of one shape, to the sides' quarter pixel."""
+    """(N,) px of area by which a picture differs from the nearest clean drawing of one shape, in quarter-pixel steps."""
     total, grid = alpha.sum((1, 2)), np.arange(32)
     y = np.rint((alpha.sum(2) * grid).sum(1) / total).astype(int)
     x = np.rint((alpha.sum(1) * grid).sum(1) / total).astype(int)
@@ -165,7 +167,7 @@ FAMILIES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
     "near-coincident, same colour and shape": lambda n, rng: merged(n, rng, 1.5, 3.0, same_color=True, same_shape=True),
     "near-coincident, same colour": lambda n, rng: merged(n, rng, 1.5, 3.0, same_color=True),
     "near-coincident, two colours": lambda n, rng: merged(n, rng, 1.5, 3.0, same_color=False),
-    "nested, same colour": lambda n, rng: nested(n, rng, same_color=True),
+    "nested, same colour": lambda n, rng: np.concatenate([nested(2000, rng, same_color=True) for _ in range(2 + n // 500)]),
     "nested, two colours": lambda n, rng: nested(n, rng, same_color=False),
 }
 
@@ -183,7 +185,7 @@ def wrong_attributes(count: int, rng: np.random.Generator) -> tuple[dict[str, fl
     Returns: share accepted per kind of change; share of the unchanged scenes accepted.
     """
     images: dict[str, list[Scene]] = {name: [] for name in ("color", "shape", "cell", "missing", "extra", "none")}
-    records: dict[str, list] = {name: [] for name in images}
+    records: dict[str, list[PromptRecord]] = {name: [] for name in images}
     while len(images["none"]) < count:
         scene = random_scene(rng)
         if len({o.shape for o in scene}) < len(scene):

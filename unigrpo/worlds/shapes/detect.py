@@ -1,11 +1,11 @@
 """The exact verifier's eyes: pixels to detections, for a whole batch at once.
 
-    8-bit pixels -> colour over background -> connected components -> 13x13 windows -> nearest template, refined -> nearest colour
-                                                                                   -> what is left over: is it noise?
+    8-bit pixels -> colour over background -> connected components -> 13x13 windows -> nearest template and nearest colour,
+    the template moved, resized and blurred to fit (templates.py) -> what is left over: noise, or a defect?
 
 A component that is not clearly one of the shapes in one of the colours is reported as "unknown" instead of being overlooked,
-because reinforcement learning finds whatever a verifier lets through. Sums run over integers held in floats, which makes them
-exact in any order: an image's detections do not depend on the batch it is in, to the bit.
+because reinforcement learning finds whatever a verifier lets through. Sums run over integers held in floats, which makes
+them exact in any order: an image's detections do not depend on the batch it is in, to the bit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MAX_RESIDUAL = 0.14  # the same over the three channels: two-coloured or blotchy
 MAX_OUTLINE = 0.15  # mean of 3x3 px off the refined template, in shares of full colour: something sticks out or is missing
 MAX_STRETCH = 0.35  # px by which the outline is drawn out; the shares of both limits add up to at most one
 MAX_SIZE = 1.09  # relative; the renderer stays within 1.03, and two shapes that overlap are larger
-MAX_TINT = 0.115  # RGB, the same mean in other colours than the shape's own: a sliver of another colour
-MAX_TINT_RMS = 0.05  # RGB, root mean square of that over the shape
+MAX_TINT = 0.11  # RGB, the same mean in other colours than the shape's own: a sliver of another colour
+MAX_TINT_RMS = 0.045  # RGB, root mean square of that over the shape
 MIN_STRENGTH = 0.85  # share of the palette colour; a shape at 0.8 is faint
 MIN_MASS = 0.76  # relative to a shape of nominal size: a triangle without its base is a triangle again
 MIN_MARGIN = 0.02  # by which the next shape must be worse
@@ -132,7 +132,8 @@ def _defects(residual: np.ndarray, template: np.ndarray, axis: np.ndarray) -> tu
     rows = square[:, :-2] + square[:, 1:-1] + square[:, 2:]
     sums = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]).astype(np.float64)
     own = _AXES[axis].astype(np.float64)[:, None, None]
-    along = (sums[..., 0] * own[..., 0] + sums[..., 1] * own[..., 1] + sums[..., 2] * own[..., 2]) / _NORMS[axis][:, None, None]
+    along = sums[..., 0] * own[..., 0] + sums[..., 1] * own[..., 1] + sums[..., 2] * own[..., 2]
+    along /= _NORMS[axis][:, None, None]
     across = np.rint(np.maximum(sums[..., 0] ** 2 + sums[..., 1] ** 2 + sums[..., 2] ** 2 - along ** 2, 0.0))  # sums exactly
     solid = template.reshape(len(template), side, side)[:, 1:-1, 1:-1] > 0.9 * LEVELS
     mean = (across * solid).sum((1, 2)) / np.maximum(solid.sum((1, 2)), 1)

@@ -14,7 +14,7 @@ HALF = 6  # px; windows are 13x13
 LEVELS = 128.0  # alpha is rounded to 1/128
 OFFSETS = (-0.6, -0.3, 0.0, 0.3, 0.6)  # px
 SCALES = (0.92, 1.0, 1.08)
-MAX_CHANGE = (0.35, 0.35, 0.06, 1.5)  # x, y (px), relative size, blur (1 is a standard deviation of 0.5 px): what is forgiven
+MAX_CHANGE = (0.35, 0.35, 0.06, 1.5)  # forgiven: x, y (px), relative size, blur (1 is a standard deviation of 0.5 px)
 MIN_BLUR = -0.3
 _UNIT = 2.0 ** 20  # the fit's integers
 
@@ -50,8 +50,8 @@ def nominal_mass() -> np.ndarray:
 def _changes() -> tuple[np.ndarray, np.ndarray]:
     """How templates change, to first order.
 
-    Returns: (4 * K, 4, 169) derivatives by x, y (px), relative size and blur; (4 * K, 7, 169) integers, the pseudo-inverse of
-        the template, these four, stretch and slant (px at the outline), times 2^20.
+    Returns: (4 * K, 4, 169) derivatives by x, y (px), relative size and blur; (4 * K, 7, 169) integers, the pseudo-inverse
+        of the template, these four, stretch and slant (px at the outline), times 2^20.
     """
     steps = (("x", 0.15), ("y", 0.15), ("size", 0.04), ("stretch", 0.15), ("slant", 0.15))
     changes = [(_draw(**{name: h}) - _draw(**{name: -h})) / (2 * h) for name, h in steps]
@@ -64,15 +64,15 @@ def _changes() -> tuple[np.ndarray, np.ndarray]:
 def refine(alpha: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The nearest templates, moved, resized and blurred by the little that fits the windows better.
 
-    What a clean drawing differs by from the templates' grid is fitted, so that what remains is noise or a defect; how far the
-    outline is drawn out along or across the axes is measured and not fitted, because that is how two shapes look that lie
+    What a clean drawing differs by from the templates' grid is fitted, so that what remains is noise or a defect; how far
+    the outline is drawn out along or across the axes is measured and not fitted, because that is how two shapes look that lie
     almost on top of each other.
 
     Args:
         alpha: (M, 169) integers, LEVELS is full colour.
         best: (M,) int, the nearest template.
-    Returns: (M, 169) float32 integer templates; (M,) float64 px, how far the outline is drawn out, stretch and slant together;
-        (M,) float64 relative size.
+    Returns: (M, 169) float32 integer templates; (M,) float64 px, how far the outline is drawn out, stretch and slant
+        together; (M,) float64 relative size.
     """
     derivatives, inverse = _changes()
     fit = np.einsum("mkp,mp->mk", inverse[best], alpha.astype(np.float64)) / _UNIT  # integers below 2^53: exact
