@@ -65,8 +65,8 @@ def refine(alpha: np.ndarray, best: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     """The nearest templates, moved, resized and blurred by the little that fits the windows better.
 
     What a clean drawing differs by from the templates' grid is fitted, so that what remains is noise or a defect; how far
-    the outline is drawn out along or across the axes is measured and not fitted, because that is how two shapes look that lie
-    almost on top of each other.
+    the outline is drawn out along or across the axes is measured and not fitted, because that is how two shapes look that
+    lie almost on top of each other.
 
     Args:
         alpha: (M, 169) integers, LEVELS is full colour.
