@@ -116,7 +116,7 @@ def test_defects_are_refused(family: str) -> None:
         rng = generator(3, "defect", family)
         images = FAMILIES[family](400, rng)
         images = (images + noise * rng.standard_normal(images.shape)).astype(np.float32)
-        assert accepted(images) <= max(LIMITS.get(family, 0.005), 4 / len(images)), noise  # a share of 0.5 % has 2 of 400, give or take
+        assert accepted(images) <= max(LIMITS.get(family, 0.005), 4 / len(images)), noise  # 0.5 % is 2 of 400
 
 
 @pytest.mark.slow
