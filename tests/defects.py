@@ -174,7 +174,8 @@ FAMILIES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 
 LIMITS = {"nested, same colour": 0.02}
 """Families that miss the limit of 0.005, and what they are held to. Of nested shapes of one colour 0.5 % pass from 10 px of
-difference on (7 of 1342; 5 of 598 in the test's own draw), 3 % from 8 px, 8 % from 6 px, 19 % from 4 px: a policy's own untidy outlines differ as much."""
+difference on (7 of 1342; 5 of 598 in the test's own draw), 3 % from 8 px, 8 % from 6 px, 19 % from
+4 px: a policy's own untidy outlines differ as much."""
 
 
 def accepted(images: np.ndarray) -> float:
