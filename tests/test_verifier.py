@@ -6,23 +6,21 @@ import time
 
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter
+from defects import COLOR_VALUES, FAMILIES, LIMITS, Lone, accepted, faint, paint, wrong_attributes
+from scipy.ndimage import gaussian_filter, shift
 
 from unigrpo.evaluation.geneval import keep, verdict
 from unigrpo.seeding import generator
 from unigrpo.worlds.shapes import COLORS, SHAPES, Object, random_scene, render, sample_record, sample_scene, wrong_plan
-from unigrpo.worlds.shapes.detect import UNKNOWN, detect, detect_arrays
+from unigrpo.worlds.shapes.detect import detect, detect_arrays
 from unigrpo.worlds.shapes.prompts import make_record
-from unigrpo.worlds.shapes.render import coverage
-from unigrpo.worlds.shapes.scene import BACKGROUND, CELL_CENTERS, CELLS, PALETTE, Scene
+from unigrpo.worlds.shapes.scene import BACKGROUND, CELL_CENTERS, CELLS, Scene
 from unigrpo.worlds.shapes.specification import Clause, Specification
 from unigrpo.worlds.shapes.verify import verify
 
 RNG = generator(0, "verifier")
 RECORDS = [sample_record(generator(0, "verifier", i)) for i in range(1500)]
 IMAGES = render([sample_scene(r, RNG) for r in RECORDS], RNG)
-GROUND = np.array(BACKGROUND)
-COLOR_VALUES = np.array([PALETTE[name] for name in COLORS])
 
 
 def read(images: np.ndarray) -> list[list[tuple[str, str, str]]]:
@@ -39,28 +37,7 @@ def read_right(images: np.ndarray, scenes: list[Scene]) -> float:
     return float(np.mean([a == b for a, b in zip(read(images), wanted, strict=True)]))
 
 
-def lone_shapes(count: int, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Shapes in the middle: (shape, colour, alpha, x, y), x and y in px from their centre."""
-    rng = generator(1, "lone")
-    shape, color = rng.integers(len(SHAPES), size=count), rng.integers(len(COLORS), size=count)
-    center = rng.uniform(12, 20, size=(2, count, 1, 1))
-    grid, full = np.arange(32) + 0.5, (count, 32, 32)
-    x, y = np.broadcast_to(grid - center[0], full), np.broadcast_to(grid[:, None] - center[1], full)
-    return shape, color, coverage(shape[:, None, None], x, y, np.full((count, 1, 1), scale)), x, y
-
-
-def paint(alpha: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """Colours over the background; color is an index (N,) or RGB (N, H, W, 3)."""
-    rgb = COLOR_VALUES[color][:, None, None] if color.ndim == 1 else color
-    return (GROUND * (1 - alpha[..., None]) + alpha[..., None] * rgb).astype(np.float32)
-
-
-def all_known(images: np.ndarray) -> float:
-    """Share of images that consist of recognised things only, and of at least one."""
-    return float(np.mean([bool(found) and all(UNKNOWN not in (d.label, d.color) for d in found) for found in detect(images)]))
-
-
-@pytest.mark.parametrize(("noise", "least"), [(0.0, 0.995), (0.05, 0.98), (0.1, 0.95)])
+@pytest.mark.parametrize(("noise", "least"), [(0.0, 0.998), (0.05, 0.985), (0.075, 0.97), (0.1, 0.6)])
 def test_scenes_are_read_exactly_under_pixel_noise(noise: float, least: float) -> None:
     rng = generator(0, "noise")
     scenes = [random_scene(rng) for _ in range(1500)]
@@ -76,10 +53,21 @@ def test_soft_and_slightly_off_pictures_are_read() -> None:
     images = images + rng.uniform(-0.05, 0.05, size=(600, 1, 1, 3)) + 0.03 * rng.standard_normal(images.shape)
     assert read_right(images.astype(np.float32), scenes) >= 0.98
     for scale in (0.92, 1.08):
-        shape, color, alpha, _, _ = lone_shapes(300, scale)
-        found = detect(paint(alpha, color))
+        lone = Lone(300, generator(1, "lone"), scale)
         assert all(len(f) == 1 and (f[0].label, f[0].color) == (SHAPES[s], COLORS[c])
-                   for f, s, c in zip(found, shape, color, strict=True))
+                   for f, s, c in zip(detect(lone.paint()), lone.shape, lone.color, strict=True))
+
+
+def test_clean_to_the_eye_is_read() -> None:
+    """Half a pixel of blur or of shift, with noise: what keeps the thresholds from growing harder than a policy can meet."""
+    rng = generator(0, "eye")
+    scenes = [random_scene(rng) for _ in range(600)]
+    images = render(scenes, rng)
+    noise = rng.standard_normal(images.shape)
+    blurred = gaussian_filter(images, (0, 0.4, 0.4, 0)) + 0.04 * noise
+    shifted = shift(images, (0, 0.5, 0.5, 0), order=1, mode="nearest") + 0.03 * noise
+    assert read_right(blurred.astype(np.float32), scenes) >= 0.99
+    assert read_right(shifted.astype(np.float32), scenes) >= 0.97
 
 
 def test_right_scenes_are_exact_by_our_rule_and_by_genevals() -> None:
@@ -122,47 +110,48 @@ def test_every_attribute_counts(attribute: str) -> None:
     assert verify(render(scenes, rng), records)["exact"].mean() <= 0.005
 
 
-def test_partial_shapes_are_unknown() -> None:
-    _, color, alpha, x, y = lone_shapes(1500)
-    angle = generator(2, "cut").uniform(0, 2 * np.pi, size=(len(alpha), 1, 1))
-    order = np.argsort(-(np.cos(angle) * x + np.sin(angle) * y).reshape(len(alpha), -1), axis=1)
-    for missing in (0.3, 0.4, 0.5, 0.7):
-        flat = np.take_along_axis(alpha.reshape(len(alpha), -1), order, axis=1)
-        flat = np.where(flat.cumsum(1) < missing * flat.sum(1, keepdims=True), 0.0, flat)
-        cut = np.zeros_like(flat)
-        np.put_along_axis(cut, order, flat, axis=1)
-        assert all_known(paint(cut.reshape(alpha.shape), color)) <= 0.005, missing
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defects_are_refused(family: str) -> None:
+    for noise in (0.0, 0.04):
+        rng = generator(3, "defect", family)
+        images = FAMILIES[family](400, rng)
+        images = (images + noise * rng.standard_normal(images.shape)).astype(np.float32)
+        assert accepted(images) <= max(LIMITS.get(family, 0.005), 4 / len(images)), noise  # 0.5 % is 2 of 400
 
 
-def test_faint_shapes_are_unknown_and_never_overlooked() -> None:
-    _, color, alpha, _, _ = lone_shapes(600)
-    for strength in (0.2, 0.3, 0.5, 0.7):
-        images = paint(strength * alpha, color)
-        assert all_known(images) <= 0.005, strength
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defects_are_refused_in_large_numbers(family: str) -> None:
+    assert accepted(FAMILIES[family](4000, generator(4, "defect", family))) <= LIMITS.get(family, 0.005)
+
+
+def test_what_is_faint_is_never_overlooked() -> None:
+    for strength in (0.2, 0.3, 0.5, 0.7, 0.8):
+        images = faint(400, generator(3, "overlooked"), strength)
+        assert accepted(images) <= 0.005, strength
         assert np.mean([len(found) > 0 for found in detect(images)]) >= 0.995, strength
 
 
-@pytest.mark.parametrize("distance", [4.5, 5.5, 6.5])
-def test_merged_shapes_are_unknown(distance: float) -> None:
-    shape, color, alpha, x, y = lone_shapes(1500)
-    angle = generator(3, "merge").uniform(0, 2 * np.pi, size=(len(alpha), 1, 1))
-    other = coverage(np.roll(shape, 1)[:, None, None], x + distance * np.cos(angle), y + distance * np.sin(angle),
-                     np.ones((len(alpha), 1, 1)))
-    touching = np.minimum(alpha, other).reshape(len(alpha), -1).max(1) > 0.5  # at some angles pointed shapes stay apart
-    assert touching.mean() > 0.5
-    same = paint(np.maximum(alpha, other), color)
-    assert all_known(same[touching]) <= 0.005
-    two = paint(alpha, color) * (1 - other[..., None]) + other[..., None] * COLOR_VALUES[(color + 1) % 6][:, None, None]
-    assert all_known(two[touching].astype(np.float32)) <= 0.005
+def test_every_single_wrong_attribute_is_refused() -> None:
+    shares, right = wrong_attributes(300, generator(0, "single"))
+    assert right >= 0.998
+    assert max(shares.values()) <= 0.005, shares
 
 
-def test_two_coloured_and_wrongly_coloured_shapes_are_unknown() -> None:
-    _, color, alpha, x, _ = lone_shapes(900)
-    other = COLOR_VALUES[(color + 1 + np.arange(900) % 5) % 6]
-    halves = np.where((x > 0)[..., None], other[:, None, None], COLOR_VALUES[color][:, None, None])
-    assert all_known(paint(alpha, halves)) <= 0.02  # halves of red and orange, or orange and yellow, come closest
+@pytest.mark.slow
+def test_every_single_wrong_attribute_is_refused_in_large_numbers() -> None:
+    shares, right = wrong_attributes(4000, generator(1, "single"))
+    assert right >= 0.998
+    assert max(shares.values()) <= 0.005, shares
+
+
+def test_wrongly_coloured_shapes_are_unknown() -> None:
+    lone = Lone(900, generator(0, "colours"))
+    halves = np.where((lone.x > 0)[..., None], COLOR_VALUES[lone.other_color()][:, None, None],
+                      COLOR_VALUES[lone.color][:, None, None])
+    assert accepted(paint(lone.alpha, halves)) <= 0.005
     for rgb in ((0.1, 0.1, 0.1), (0.0, 0.9, 0.9), (1.0, 0.55, 0.75), (0.5, 0.35, 0.2)):  # black, cyan, pink, brown
-        assert all_known(paint(alpha, np.broadcast_to(np.array(rgb), (*alpha.shape, 3)))) == 0.0
+        assert accepted(paint(lone.alpha, np.broadcast_to(np.array(rgb), (*lone.alpha.shape, 3)))) == 0.0
 
 
 def test_noise_and_empty_images_are_not_shapes() -> None:

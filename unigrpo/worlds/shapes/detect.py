@@ -1,38 +1,39 @@
 """The exact verifier's eyes: pixels to detections, for a whole batch at once.
 
-    8-bit pixels -> colour over background -> connected components -> 13x13 windows -> nearest template and nearest colour
+    8-bit pixels -> colour over background -> connected components -> 13x13 windows -> nearest template and nearest colour,
+    the template moved, resized and blurred to fit (templates.py) -> what is left over: noise, or a defect?
 
 A component that is not clearly one of the shapes in one of the colours is reported as "unknown" instead of being overlooked,
-because reinforcement learning finds whatever a verifier lets through. Sums run over integers held in floats, which makes them
-exact in any order: an image's detections do not depend on the batch it is in, to the bit.
+because reinforcement learning finds whatever a verifier lets through. Sums run over integers held in floats, which makes
+them exact in any order: an image's detections do not depend on the batch it is in, to the bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from scipy import ndimage
 
-from unigrpo.worlds.shapes.render import coverage
 from unigrpo.worlds.shapes.scene import BACKGROUND, COLORS, IMAGE_SIZE, PALETTE, SHAPES
+from unigrpo.worlds.shapes.templates import HALF, LEVELS, nominal_mass, refine, templates
 
 UNKNOWN = "unknown"
 SOLID = 0.5  # share of a palette colour from which a pixel belongs to a component
 MIN_AREA = 4  # px; smaller specks are left to the search for faint things
 MAX_SHAPE_RESIDUAL = 0.10  # share of a window's energy that the nearest template leaves unexplained, in one colour
 MAX_RESIDUAL = 0.14  # the same over the three channels: two-coloured or blotchy components exceed it
-MAX_LOCAL_RESIDUAL = 0.26  # RGB distance of a 3x3 mean from template times colour: a missing corner, a sliver of another colour
+MAX_OUTLINE = 0.15  # mean of 3x3 px off the refined template, in shares of full colour: something sticks out or is missing
+MAX_STRETCH = 0.35  # px by which the outline is drawn out; the shares of both limits add up to at most one
+MAX_SIZE = 1.09  # relative; the renderer stays within 1.03, and two shapes that overlap are larger
+MAX_TINT = 0.11  # RGB, the same mean in other colours than the shape's own: a sliver of another colour
+MAX_TINT_RMS = 0.045  # RGB, root mean square of that over the shape
+MIN_STRENGTH = 0.85  # share of the palette colour; a shape at 0.8 is faint
 MIN_MASS = 0.76  # relative to a shape of nominal size: a triangle without its base is a triangle again
 MIN_MARGIN = 0.02  # by which the next shape must be worse
 MAX_COLOR_DISTANCE = 0.20  # RGB distance to the palette; palette colours are at least 0.39 apart
 MIN_COLOR_MARGIN = 0.10  # by which the next colour must be further
 FAINT = 0.12  # RGB distance of a 5x5 mean from the background that counts as something drawn
-HALF = 6  # px; windows are 13x13
-LEVELS = 128.0  # alpha is rounded to 1/128
-_OFFSETS = (-0.6, -0.3, 0.0, 0.3, 0.6)  # px
-_SCALES = (0.92, 1.0, 1.08)
 
 _BASE = np.rint(np.array(BACKGROUND) * 255).astype(np.float32)
 _AXES = (np.rint(np.array([PALETTE[name] for name in COLORS]) * 255) - _BASE).astype(np.float32)  # (6, 3) integers
@@ -78,28 +79,6 @@ class Components:
     size: int
 
 
-@cache
-def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """(4 * K, 169) integer templates, K per shape (sizes x offsets), centred on their centroids; (4 * K,) their energies."""
-    grid = np.arange(-HALF, HALF + 1, dtype=np.float64)
-    side = len(grid)
-    combos = [(s, scale, dx, dy) for s in range(len(SHAPES)) for scale in _SCALES for dx in _OFFSETS for dy in _OFFSETS]
-    s, scale, dx, dy = (np.array(column)[:, None, None] for column in zip(*combos, strict=True))
-    shape_y = np.where(s == SHAPES.index("triangle"), 1.4 * scale, 0.0)  # the centroid lies a sixth of its height lower
-    full = (len(combos), side, side)
-    x = np.broadcast_to(grid[None, None, :] - dx, full)
-    y = np.broadcast_to(grid[None, :, None] - dy + shape_y, full)
-    flat = np.rint(LEVELS * coverage(s, x, y, scale)).reshape(len(combos), -1)
-    return flat.astype(np.float32), (flat ** 2).sum(1)
-
-
-@cache
-def _nominal_mass() -> np.ndarray:
-    """(4,) sum of each shape's template of size 1."""
-    templates = _templates()[0].reshape(len(SHAPES), len(_SCALES), -1, (2 * HALF + 1) ** 2)
-    return templates[:, _SCALES.index(1.0)].sum(2).mean(1).astype(np.float64)
-
-
 def _dilate(labels: np.ndarray) -> np.ndarray:
     """(N, H, W) largest label among the 3x3 neighbours."""
     padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
@@ -138,6 +117,31 @@ def _faint(deviation: np.ndarray, covered: np.ndarray) -> tuple[np.ndarray, np.n
     images = np.flatnonzero(strength[np.arange(len(total)), place] > (25 * 255 * FAINT) ** 2)
     y, x = place[images] // IMAGE_SIZE, place[images] % IMAGE_SIZE
     return images, np.stack([x - 2, y - 2, x + 3, y + 3], axis=1).clip(0, IMAGE_SIZE).astype(np.float64)
+
+
+def _defects(residual: np.ndarray, template: np.ndarray, axis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What 3x3 means of the residual show: off the outline, in another colour, and the latter's root mean square.
+
+    Args:
+        residual: (M, 169, 3) integers.
+        template: (M, 169).
+        axis: (M,) index of the palette colour; what lies along it is outline, what lies across it is tint.
+    """
+    side = 2 * HALF + 1
+    square = residual.reshape(len(residual), side, side, 3)
+    rows = square[:, :-2] + square[:, 1:-1] + square[:, 2:]
+    sums = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]).astype(np.float64)
+    own = _AXES[axis].astype(np.float64)[:, None, None]
+    along = sums[..., 0] * own[..., 0] + sums[..., 1] * own[..., 1] + sums[..., 2] * own[..., 2]
+    along /= _NORMS[axis][:, None, None]
+    across = np.rint(np.maximum(sums[..., 0] ** 2 + sums[..., 1] ** 2 + sums[..., 2] ** 2 - along ** 2, 0.0))  # sums exactly
+    solid = template.reshape(len(template), side, side)[:, 1:-1, 1:-1] > 0.9 * LEVELS
+    mean = (across * solid).sum((1, 2)) / np.maximum(solid.sum((1, 2)), 1)
+    flat = (len(residual), (side - 2) ** 2)
+    unit = 9.0 * 255.0
+    within = template.reshape(len(template), side, side)[:, 1:-1, 1:-1] > 0.5 * LEVELS
+    outline = np.where(within, np.abs(along), np.maximum(along, 0.0))  # a bright halo around a shape is no defect
+    return (outline.reshape(flat).max(1) / unit, np.sqrt(across.reshape(flat).max(1)) / unit, np.sqrt(mean) / unit)
 
 
 def detect_arrays(images: np.ndarray) -> Components:
@@ -182,32 +186,32 @@ def detect_arrays(images: np.ndarray) -> Components:
     axis = (total @ _AXES.T.astype(np.float64) / _NORMS).argmax(1)
     along = np.einsum("mpc,mc->mp", window, _AXES[axis]).astype(np.float64) / (_NORMS[axis] ** 2)[:, None]
     alpha = np.rint(LEVELS * along.clip(-0.5, 1.5)).astype(np.float32)
-    templates, energy = _templates()
+    flat, energy = templates()
     energy_window = np.maximum(np.einsum("mp,mp->m", alpha, alpha).astype(np.float64), 1.0)
-    product = np.maximum((alpha @ templates.T).astype(np.float64), 0.0)  # (M, 4 K)
+    product = np.maximum((alpha @ flat.T).astype(np.float64), 0.0)  # (M, 4 K)
     residuals = 1.0 - product ** 2 / (energy_window[:, None] * energy)
-    per_shape = residuals.reshape(count, len(SHAPES), len(templates) // len(SHAPES)).min(2)
+    per_shape = residuals.reshape(count, len(SHAPES), len(flat) // len(SHAPES)).min(2)
     ranked = np.sort(per_shape, axis=1)
     shape = per_shape.argmin(1)
-    template = templates[residuals.argmin(1)]  # (M, 169)
+    template, stretch, size = refine(alpha, residuals.argmin(1))
 
     # Its colour by least squares, and what template and colour together leave unexplained.
-    weight = np.einsum("mp,mp->m", template, template).astype(np.float64)
+    weight = np.maximum(np.einsum("mp,mp->m", template, template), 1.0).astype(np.float64)
     color_sum = np.einsum("mpc,mp->mc", window, template).astype(np.float64)
     fitted = color_sum * (LEVELS / weight)[:, None]  # (M, 3), 255 * (colour - background)
     distance = np.sqrt(((fitted[:, None] - _AXES) ** 2).sum(2)) / 255.0
     nearest = np.sort(distance, axis=1)
     color = distance.argmin(1)
+    strength = (fitted * _AXES[color]).sum(1) / _NORMS[color] ** 2
     energy_total = np.maximum(np.einsum("mpc,mpc->m", window.astype(np.float64), window), 1.0)
     unexplained = 1.0 - (color_sum ** 2).sum(1) / (weight * energy_total)
-    residual = (window - (fitted[:, None] * (template / LEVELS)[..., None])).reshape(count, len(span), len(span), 3)
-    rows = residual[:, :-2] + residual[:, 1:-1] + residual[:, 2:]
-    local = ((rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) ** 2).sum(3)
-    mass = alpha.astype(np.float64).sum(1) / _nominal_mass()[shape]
+    outline, tint, tint_rms = _defects(window - np.rint(fitted[:, None] * (template / LEVELS)[..., None]), template, axis)
+    mass = alpha.astype(np.float64).sum(1) / nominal_mass()[shape]
     outside = 1.0 - inside.reshape(count, len(span) ** 2).sum(1) / area  # of a component larger than its window
-    whole = local.reshape(count, (len(span) - 2) ** 2).max(1) < (9 * 255 * MAX_LOCAL_RESIDUAL) ** 2
+    whole = ((outline / MAX_OUTLINE + stretch / MAX_STRETCH < 1) & (tint < MAX_TINT) & (tint_rms < MAX_TINT_RMS)
+             & (strength > MIN_STRENGTH) & (size < MAX_SIZE) & (mass > MIN_MASS) & (outside == 0))
     shape_ok = ((ranked[:, 0] < MAX_SHAPE_RESIDUAL) & (ranked[:, 1] - ranked[:, 0] > MIN_MARGIN)
-                & (unexplained < MAX_RESIDUAL) & whole & (mass > MIN_MASS) & (outside == 0))
+                & (unexplained < MAX_RESIDUAL) & whole)
     color_ok = (nearest[:, 0] < MAX_COLOR_DISTANCE) & (nearest[:, 1] - nearest[:, 0] > MIN_COLOR_MARGIN)
 
     return _ordered(
