@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigrpo.config import SupervisedConfig
 from unigrpo.models.bagel import concatenate_rows, encode_segments
 from unigrpo.models.mot import patchify
 from unigrpo.rollout import BagelPolicy
+from unigrpo.schema import SupervisedConfig
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unigrpo.config import Config, ObjectiveConfig, OptimConfig
 from unigrpo.flow.sde import Transition, transition
 from unigrpo.objectives import clipped_surrogate_loss, k3_kl, latent_kl, projected_log_ratio, velocity_mse
 from unigrpo.policy import UnifiedPolicy
+from unigrpo.schema import Config, ObjectiveConfig, OptimConfig
 from unigrpo.text import sequence_weights
 from unigrpo.types import FlowSegment, Replay, Rollouts
 

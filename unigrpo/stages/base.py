@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from unigrpo.checkpoint import load_training_state, restore_optimizers, save_checkpoint, save_training_state
-from unigrpo.config import Config, SupervisedConfig
 from unigrpo.cost import supervised_cost
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
 from unigrpo.prompts.curate import split_of
 from unigrpo.rollout import BagelPolicy
+from unigrpo.schema import Config, SupervisedConfig
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, SupervisedBatch, collate, supervised_optimizers, train_supervised
 from unigrpo.stages.session import Session, session, tail_mean
