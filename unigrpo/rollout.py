@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unigrpo.config import RolloutConfig
+from unigrpo.adapters import adapters_off
 from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active
 from unigrpo.flow.schedule import choose_window, sigma_schedule
 from unigrpo.flow.sde import TransitionKind, transition
 from unigrpo.models.bagel import SpecialTokens, causal_mask, concatenate_rows, encode_segments, packed_mask
 from unigrpo.models.mot import Compact, Context, MoTModel, unpatchify
 from unigrpo.policy import Draw
+from unigrpo.schema import RolloutConfig
 from unigrpo.text import sample_tokens, token_log_probs
 from unigrpo.types import FlowSegment, PromptRecord, Replay, Rollouts, TextSegment
 
@@ -311,13 +312,17 @@ class BagelPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the trained parameters hold the reference's values: same tokens and latents, its own context."""
+        """Inside, the weights are the reference's: same tokens and latents, its own context.
+
+        The trained parameters hold the frozen copy's values; adapters, where there are any, are off.
+        """
         parameters = dict(self.model.named_parameters())
         own = {name: parameters[name].data for name in self.reference_weights}
         try:
             for name, value in self.reference_weights.items():
                 parameters[name].data = value
-            yield
+            with adapters_off(self.model):
+                yield
         finally:
             for name, value in own.items():
                 parameters[name].data = value
