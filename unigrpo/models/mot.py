@@ -152,6 +152,17 @@ class MoTModel(PreTrainedModel):
         time = self.time_embedder(sigma.to(latents.device).expand(latents.shape[:2]))[:, :, None]  # (B, M, 1, D)
         return self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + (time + place.to(time.dtype))
 
+    def embed_placed_latents(self, latents: Tensor, sigma: Tensor, places: Tensor) -> Tensor:
+        """Image tokens of images of any sizes side by side.
+
+        Args:
+            latents: (B, T, C), sigma: (B, T) in [0, 1], 0 for clean images, places: (B, T) rows of the position table.
+        Returns: (B, T, D).
+        """
+        time = self.time_embedder(sigma)
+        place = self.latent_pos_embed.pos_embed[places]                                         # (B, T, D)
+        return self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + (time + place.to(time.dtype))
+
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B, T) positions -> cos, sin (B, T, head_dim), computed in float32; recomputed, so no buffer to load."""
         width = self.config.head_dim
