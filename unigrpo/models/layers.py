@@ -52,7 +52,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, und: Tensor, gen: Tensor | None, rotary_und: tuple[Tensor, Tensor],
-                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor, cache: tuple[Tensor, Tensor, int] | None,
+                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: tuple[Tensor, Tensor, int] | None,
                 compact: Compact | None) -> tuple[Tensor, Tensor | None]:
         """Attention output per stream, projected. With a cache, new keys and values are written behind its columns."""
         parts: tuple[Tensor, ...] = self.project(und, rotary_und, "")
@@ -73,15 +73,29 @@ class Attention(nn.Module):
         return self.o_proj(first), None if gen is None else self.o_proj_moe_gen(out[:, split:])
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention with grouped keys. On a CPU it runs in float32: its bfloat16 backward is 8x slower."""
-    grouped = query.shape[1] != key.shape[1]
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value, attn_mask=mask,
-                                              enable_gqa=grouped)
+        return attend_grouped(query.to(value.dtype), key.to(value.dtype), value, mask)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask,
-                                              enable_gqa=grouped).to(value.dtype)
+                                              enable_gqa=query.shape[1] != key.shape[1]).to(value.dtype)
+
+
+def attend_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The same on an accelerator: with grouped heads and a mask, PyTorch is left with the kernel that stores all scores.
+
+    Args:
+        query: (B, heads, T, head_dim), key, value: (B, heads_kv, L, head_dim), mask: broadcastable to (B, 1, T, L) or None.
+    """
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if mask is None or heads == kv_heads:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=heads != kv_heads)
+    if query.shape[2] == 1:  # decoding: the heads of a group become rows of one query, and the cache is not copied
+        rows = query.unflatten(1, (kv_heads, -1)).squeeze(3)                             # (B, heads_kv, group, head_dim)
+        return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask).flatten(1, 2).unsqueeze(2)
+    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 COMPACT_MULTIPLE = 64  # tokens; few distinct sizes, as matrix kernels are compiled once a size
@@ -138,7 +152,7 @@ class MoTLayer(GradientCheckpointingLayer):
             setattr(self, name, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
     def forward(self, und: Tensor, gen: Tensor | None, rotary_und: tuple[Tensor, Tensor],
-                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor, cache: tuple[Tensor, Tensor, int] | None,
+                rotary_gen: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: tuple[Tensor, Tensor, int] | None,
                 compact: Compact | None) -> tuple[Tensor, Tensor | None]:
         """One layer over both streams, (B, Tu, D) or compacted (M, D), and (B, Tg, D)."""
         out_und, out_gen = self.self_attn(self.input_layernorm(und),

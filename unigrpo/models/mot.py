@@ -83,6 +83,7 @@ class MoTModel(PreTrainedModel):
     config_class = MoTConfig
     config: MoTConfig
     base_model_prefix = ""
+    main_input_name = "und"
     supports_gradient_checkpointing = True
 
     def __init__(self, config: MoTConfig) -> None:
@@ -171,7 +172,7 @@ class MoTModel(PreTrainedModel):
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def forward(self, und: Tensor, und_positions: Tensor, mask: Tensor, gen: Tensor | None = None,
+    def forward(self, und: Tensor, und_positions: Tensor, mask: Tensor | None, gen: Tensor | None = None,
                 gen_positions: Tensor | None = None, context: Context | None = None,
                 compact: Compact | None = None) -> tuple[Tensor, Tensor | None]:
         """Both streams through all layers and their final norms.
@@ -180,7 +181,7 @@ class MoTModel(PreTrainedModel):
             und: (B, Tu, D) embeddings for the understanding experts (text, markers).
             und_positions: (B, Tu) rotary positions.
             mask: bool, broadcastable to (B, 1, Tu + Tg, Lc + Tu + Tg); True where a query may attend to a key. Keys
-                are ordered [context | und | gen]. Every query needs at least one key.
+                are ordered [context | und | gen]. Every query needs at least one key. None: all attend to all.
             gen, gen_positions: (B, Tg, D) and (B, Tg) for the generation experts (latents), or None.
             context: cached keys and values; new ones are written behind its `used` columns, which the caller advances.
             compact: which of the und tokens are real; the others are neither computed nor attended to (mask them).

@@ -47,7 +47,12 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, patch * patch * channels), (B, N) table rows, (B, 1, 1, N) bool of real patches or None -> (B, N, width)."""
+        """Patches to features, (B, N, width).
+
+        Args:
+            patches: (B, N, patch * patch * channels), padded. places: (B, N) rows of the learned position table.
+            mask: (B, 1, 1, N) bool, True on real patches; None without padding.
+        """
         x = self.embeddings.patch_embedding(patches) + self.embeddings.position_embedding(places)
         for layer in self.encoder.layers:
             x = layer(x, mask)
