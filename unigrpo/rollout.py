@@ -21,6 +21,7 @@ from unigrpo.adapters import adapters_off
 from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active
 from unigrpo.flow.schedule import choose_window, sigma_schedule
 from unigrpo.flow.sde import TransitionKind, transition
+from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import SpecialTokens, causal_mask, concatenate_rows, encode_segments, packed_mask
 from unigrpo.models.mot import Compact, Context, MoTModel, unpatchify
 from unigrpo.policy import Draw
@@ -171,14 +172,16 @@ class BagelPolicy:
         guidance: (scale, renorm, interval) of the policy's own classifier-free guidance, used in rollout and replay
             alike; None, the paper's choice, trains without.
         context_gradient: True lets the image loss reach the text context (the policy's true gradient).
+        autoencoder: turns latents into pixels; None where the model draws pixel patches.
     """
 
     def __init__(self, model: MoTModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str,
-                 guidance: tuple[float, Renorm, tuple[float, float]] | None = None, context_gradient: bool = True) -> None:
+                 guidance: tuple[float, Renorm, tuple[float, float]] | None = None, context_gradient: bool = True,
+                 autoencoder: Autoencoder | None = None) -> None:
         self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
         self.special = SpecialTokens.of(tokenizer)
         self.markers = torch.tensor([self.special.image_start, self.special.image_end])
-        self.guidance, self.context_gradient = guidance, context_gradient
+        self.guidance, self.context_gradient, self.autoencoder = guidance, context_gradient, autoencoder
         self.reference_weights: dict[str, Tensor] = {}
 
     @property
@@ -329,9 +332,11 @@ class BagelPolicy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """(B, N, C) final latents in [-1, 1] -> (B, H, W, 3) float32 in [0, 1]. Pixel patches need no autoencoder."""
+        """(B, N, C) final latents -> (B, H, W, 3) float32 in [0, 1]. Pixel patches need no autoencoder."""
         pixels = unpatchify(latents, self.model.config.latent_patch_size, self.model.config.grid)
-        return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        if self.autoencoder is not None:
+            pixels = self.autoencoder.decode(pixels)
+        return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
 
     def texts(self, segment: TextSegment) -> list[str]:
         """Decoded texts of a segment, the stop token left out."""

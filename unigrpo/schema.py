@@ -274,7 +274,8 @@ class GpuConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Where and how stages run: nothing here may change a number except threads and device, which are part of exactness."""
+    """Where and how stages run: nothing here may change a number except the thread count, which is part of exactness,
+    and the device, by rounding."""
 
     threads: Positive
     device: Literal["cpu", "cuda", "auto"]

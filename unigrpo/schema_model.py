@@ -98,14 +98,19 @@ class AutoencoderConfig(Section):
     block_out_channels: tuple[Positive, ...] = Field(min_length=1)
     layers_per_block: Positive
     norm_num_groups: Positive
-    scaling_factor: float = Field(gt=0)
-    shift_factor: float
+    scaling_factor: Annotated[float, Field(gt=0)] | None
+    shift_factor: float | None
     posterior: Literal["mean", "sample"]
     training: AutoencoderTraining | None
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        """Group norm splits every level's channels."""
+        """Group norm splits every level's channels; the latents' scale is measured or given."""
         if bad := [c for c in self.block_out_channels if c % self.norm_num_groups]:
             raise ValueError(f"block_out_channels must be multiples of norm_num_groups={self.norm_num_groups}, got {bad}")
+        for name in ("scaling_factor", "shift_factor"):
+            if (getattr(self, name) is None) != (self.training is not None):
+                raise ValueError(f"{name} must be null where the autoencoder is trained here (it is measured then), and a "
+                                 f"number where it is not, got {getattr(self, name)} with training "
+                                 f"{'null' if self.training is None else 'set'}")
         return self
