@@ -131,9 +131,12 @@ class MoTModel(PreTrainedModel):
         if self.config.vision is None:
             raise ValueError("this checkpoint reads no images (config.json has no model.vision); take one with a vision "
                              "tower, such as an imported BAGEL-7B-MoT")
+        if not pixels:
+            return []
         features, places = self.vit_model(pixels, side=self.config.vit_max_patches)
-        return [self.connector(x) + self.vit_pos_embed.pos_embed[at].to(x.dtype)
-                for x, at in zip(features, places, strict=True)]
+        embeds = self.connector(torch.cat(features))
+        embeds = embeds + self.vit_pos_embed.pos_embed[torch.cat(places)].to(embeds.dtype)
+        return list(embeds.split([len(at) for at in places]))
 
     def embed_latents(self, latents: Tensor, sigma: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Image tokens at their noise levels, with the table of 2-D positions added.

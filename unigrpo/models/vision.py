@@ -76,25 +76,23 @@ class VisionTower(nn.Module):
         """Features of every patch, and the patches' rows in a position table of `side` x `side`.
 
         Args:
-            pixels: images (channels, H, W) in [-1, 1]; sides are multiples of the patch size.
+            pixels: one image or more, (channels, H, W) in [-1, 1]; sides are multiples of the patch size.
         Returns: per image (N, width) features and (N,) int64 places row * side + column.
         Raises: ValueError if an image has other channels, does not divide into patches, or has more of them in a row or
             column than the tables.
         """
-        if not pixels:
-            return [], []
-        weight = self.vision_model.embeddings.patch_embedding.weight
+        embeddings = self.vision_model.embeddings
+        weight, known = embeddings.patch_embedding.weight, embeddings.position_embedding.num_embeddings
         size, places = self.patch_size, []
         for image in pixels:
             if image.ndim != 3 or image.shape[0] != self.channels or image.shape[1] % size or image.shape[2] % size:
                 raise ValueError(f"an image input must be ({self.channels}, H, W) with sides that are multiples of "
                                  f"model.vision.patch_size={size}, got {tuple(image.shape)}")
-            grid = image.shape[1] // size, image.shape[2] // size
-            places.append(grid_places(grid, side, key="model.vit_max_patches", device=weight.device))
-        known = self.vision_model.embeddings.position_embedding.num_embeddings
-        if int(max(at[-1] for at in places)) >= known:
-            raise ValueError(f"an image input must lie within the learned position table of {known} patches "
-                             "(model.vision.image_size)")
+            rows, columns = image.shape[1] // size, image.shape[2] // size
+            places.append(grid_places((rows, columns), side, key="model.vit_max_patches", device=weight.device))
+            if (rows - 1) * side + columns > known:
+                raise ValueError(f"an image input must lie within the learned position table of {known} patches "
+                                 f"(model.vision.image_size), got {rows}x{columns}")
         patches = [patchify(image[None].to(weight.device, weight.dtype), size)[0] for image in pixels]
         lengths = torch.tensor([len(p) for p in patches], device=weight.device)
         batch, longest = pad_sequence(patches, batch_first=True), max(len(p) for p in patches)
