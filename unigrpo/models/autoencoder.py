@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FLUX = {"latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32,
-        "scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}
+FLUX: dict[str, Any] = {
+    "latent_channels": 16, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32,
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "sample_size": 1024}
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"  # diffusers' names
 
 
@@ -30,6 +31,8 @@ class Autoencoder(nn.Module):
             block_out_channels after the first.
     Raises: ValueError naming unknown keys.
     """
+
+    vae: Any  # diffusers.AutoencoderKL, which is imported on demand only
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()

@@ -195,10 +195,9 @@ def _pack_row(row: Sequence[Split], special: SpecialTokens, config: MoTConfig) -
             if split.latents.shape != (len(place), config.token_channels):
                 raise ValueError(f"an image of {split.grid[0]}x{split.grid[1]} tokens must have latents of shape "
                                  f"{(len(place), config.token_channels)}, got {tuple(split.latents.shape)}")
-            noised = isinstance(split, Noised)
             clean = split.latents.float()
-            gen.add(latents=clean, noise=split.noise.float() if noised else torch.zeros_like(clean),
-                    sigma=torch.tensor([float(split.sigma) if noised else 0.0]), place=place, **common)
+            noise, sigma = (split.noise.float(), split.sigma) if isinstance(split, Noised) else (torch.zeros_like(clean), 0.0)
+            gen.add(latents=clean, noise=noise, sigma=torch.tensor([float(sigma)]), place=place, **common)
         position += 0 if isinstance(split, Noised) else 1
     return und, gen
 

@@ -23,28 +23,30 @@ from unigrpo.models.embeddings import grid_places, patchify
 class VisionEmbeddings(nn.Module):
     """Linear patch embedding and learned positions."""
 
-    def __init__(self, config: SiglipVisionConfig) -> None:
+    def __init__(self, vision: dict[str, Any]) -> None:
         super().__init__()
-        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
-        self.position_embedding = nn.Embedding((config.image_size // config.patch_size) ** 2, config.hidden_size)
+        self.patch_embedding = nn.Linear(vision["num_channels"] * vision["patch_size"] ** 2, vision["hidden_size"])
+        self.position_embedding = nn.Embedding((vision["image_size"] // vision["patch_size"]) ** 2, vision["hidden_size"])
 
 
 class VisionEncoder(nn.Module):
     """The layers, named as in the official state dict."""
 
-    def __init__(self, config: SiglipVisionConfig) -> None:
+    def __init__(self, vision: dict[str, Any]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        config = SiglipVisionConfig(**vision | {"hidden_act": "gelu_pytorch_tanh", "attention_dropout": 0.0,
+                                                "attn_implementation": "sdpa"})
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(vision["num_hidden_layers"]))
 
 
 class VisionTransformer(nn.Module):
     """Embeddings, layers and the norm behind the last layer that is built."""
 
-    def __init__(self, config: SiglipVisionConfig) -> None:
+    def __init__(self, vision: dict[str, Any]) -> None:
         super().__init__()
-        self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = VisionEmbeddings(vision)
+        self.encoder = VisionEncoder(vision)
+        self.post_layernorm = nn.LayerNorm(vision["hidden_size"], eps=vision["layer_norm_eps"])
 
     def forward(self, patches: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
         """Patches to features, (B, N, width).
@@ -69,8 +71,7 @@ class VisionTower(nn.Module):
     def __init__(self, vision: dict[str, Any]) -> None:
         super().__init__()
         self.patch_size, self.channels = vision["patch_size"], vision["num_channels"]
-        self.vision_model = VisionTransformer(SiglipVisionConfig(
-            **vision, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0, attn_implementation="sdpa"))
+        self.vision_model = VisionTransformer(vision)
 
     def forward(self, pixels: Sequence[Tensor], *, side: int) -> tuple[list[Tensor], list[Tensor]]:
         """Features of every patch, and the patches' rows in a position table of `side` x `side`.
