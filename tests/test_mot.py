@@ -9,8 +9,23 @@ from test_vision import images, seeing_model
 
 from unigrpo.models.bagel import causal_mask, concatenate_rows, packed_mask
 from unigrpo.models.layers import attend_grouped
-from unigrpo.models.mot import MoTModel
+from unigrpo.models.mot import MoTConfig, MoTModel
 from unigrpo.models.packing import pack, packed_losses
+
+
+def test_the_defaults_are_the_released_model():
+    """BAGEL-7B-MoT: 1,223 tensors and 14,607,260,128 numbers, as its checkpoint holds."""
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16,
+              "patch_size": 14, "image_size": 980}
+    with torch.device("meta"):
+        state = MoTModel(MoTConfig(vision=vision)).state_dict()
+    assert len(state) == 1223
+    assert sum(value.numel() for value in state.values()) == 14_607_260_128
+    assert state["vit_model.vision_model.embeddings.patch_embedding.weight"].shape == (1152, 588)
+    assert state["vit_model.vision_model.encoder.layers.25.mlp.fc1.weight"].shape == (4304, 1152)
+    assert state["vit_pos_embed.pos_embed"].shape == (4900, 3584)
+    assert state["connector.fc1.weight"].shape == (3584, 1152)
+    assert state["latent_pos_embed.pos_embed"].shape == (4096, 3584)
 
 
 def gradients(model: MoTModel) -> dict[str, torch.Tensor]:

@@ -172,6 +172,7 @@ def test_text_alone_needs_no_latents():
 @pytest.mark.parametrize(("split", "message"), [
     (Clean(draw(4, CHANNELS), (2, 3)), "2x3 tokens must have latents of shape"),
     (Clean(draw(5, CHANNELS), (1, 5)), r"model\.max_latent_size=4, got 1x5"),
+    (Noised(draw(4, CHANNELS), draw(1, CHANNELS), (2, 2), 0.5), "noise must have the shape of its latents"),
     (View(torch.zeros(3, 8, 28)), r"model\.vit_max_patches=6"),
 ])
 def test_an_image_that_does_not_fit_is_refused(split, message):

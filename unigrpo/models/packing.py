@@ -195,9 +195,13 @@ def _pack_row(row: Sequence[Split], special: SpecialTokens, config: MoTConfig) -
             if split.latents.shape != (len(place), config.token_channels):
                 raise ValueError(f"an image of {split.grid[0]}x{split.grid[1]} tokens must have latents of shape "
                                  f"{(len(place), config.token_channels)}, got {tuple(split.latents.shape)}")
-            clean = split.latents.float()
-            noise, sigma = (split.noise.float(), split.sigma) if isinstance(split, Noised) else (torch.zeros_like(clean), 0.0)
-            gen.add(latents=clean, noise=noise, sigma=torch.tensor([float(sigma)]), place=place, **common)
+            latents, noise, sigma = split.latents.float(), torch.zeros(1, config.token_channels), 0.0
+            if isinstance(split, Noised):
+                if split.noise.shape != latents.shape:
+                    raise ValueError(f"an image's noise must have the shape of its latents {tuple(latents.shape)}, "
+                                     f"got {tuple(split.noise.shape)}")
+                noise, sigma = split.noise.float(), float(split.sigma)
+            gen.add(latents=latents, noise=noise, sigma=torch.tensor([sigma]), place=place, **common)
         position += 0 if isinstance(split, Noised) else 1
     return und, gen
 
