@@ -12,7 +12,7 @@ from unigrpo.schema import AutoencoderConfig
 from unigrpo.seeding import generator
 from unigrpo.worlds.shapes import random_scene, render
 
-STATISTICS = 256  # scenes from which scale and shift of the latents are measured
+STATISTICS = 64  # scenes from which scale, shift and reconstruction error are measured
 
 
 def scenes(settings: AutoencoderConfig, purpose: str, step: int, count: int) -> torch.Tensor:
@@ -71,6 +71,6 @@ def autoencoder_of(settings: AutoencoderConfig, folder: Path, *, size: int, devi
 @torch.no_grad()
 def reconstruction_error(autoencoder: Autoencoder, settings: AutoencoderConfig) -> float:
     """Root of the mean squared error of decoded means on scenes no step saw; pixels in [0, 1]."""
-    pixels = scenes(settings, "autoencoder-heldout", 0, 64)
+    pixels = scenes(settings, "autoencoder-heldout", 0, STATISTICS)
     out = autoencoder.decode(autoencoder.encode(pixels)).cpu()
     return float((out - pixels).square().mean().sqrt()) / 2
