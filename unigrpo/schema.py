@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from unigrpo.schema_model import AutoencoderConfig, Count, ModelConfig, Positive, Rate, Section, Share
 
+WORLD_PIXELS = 32  # side of a picture of the shapes world
+
 
 class WorldConfig(Section):
     """The procedural world of coloured shapes, from which prompts and warm-up images are made."""
@@ -337,6 +339,9 @@ class Config(Section):
     def check_pixels(self) -> None:
         """What the autoencoder emits is what the decoder draws."""
         model, vae = self.model, self.autoencoder
+        if model.image_size != (WORLD_PIXELS, WORLD_PIXELS) and (self.base.source == "scratch" or self.sft.data is None):
+            raise ValueError(f"model.image_size={model.image_size} needs base.source imported and sft.data: the shapes world "
+                             f"draws pictures of {WORLD_PIXELS} x {WORLD_PIXELS} pixels")
         if vae is None:
             if (model.latent_channels, model.latent_downsample) != (3, 1):
                 raise ValueError(f"without an autoencoder the model draws pixels: model.latent_channels must be 3 and "
