@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from unigrpo.commands import generate
+
 
 def project_root() -> Path:
     """The nearest folder upwards that holds dvc.yaml and params/. Raises ValueError if there is none."""
@@ -123,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--which", choices=["report", "experiments"], default="report", help="a folder of artifacts/<scale>/")
     report.add_argument("--readme", action="store_true", help="rewrite the README's table and picture")
     report.set_defaults(function=report_command)
+    generate.add_parser(commands)
     return top
 
 

@@ -273,4 +273,4 @@ def join_segments(parts: Sequence[Segment], filler: int) -> Segment:
             joined[item.name] = torch.cat([
                 pad(v, (0, width - v.shape[1]), value=filler if item.name == "tokens" else 0) if v.ndim == 2 else v
                 for v in values])
-    return replace(parts[0], **joined)
+    return replace(parts[0], **joined)  # type: ignore[arg-type]
