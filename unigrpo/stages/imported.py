@@ -56,7 +56,8 @@ def link(path: Path, target: Path) -> None:
 
 def model_differences(settings: dict[str, Any], config: Config) -> list[str]:
     """What config.json and params disagree on."""
-    wanted = {k: v for k, v in config.model.model_dump(mode="json").items() if k not in CHOSEN}
+    unread = ("vit_max_patches",) if config.model.vision is None else ()
+    wanted = {k: v for k, v in config.model.model_dump(mode="json").items() if k not in CHOSEN + unread}
     out = []
     for name, value in wanted.items():
         given = settings.get(name)
