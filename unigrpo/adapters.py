@@ -132,7 +132,7 @@ class AdapterState(nn.Module):
         super().__init__()
         self.parameters_of = lambda: adapter_parameters(model)  # not registered: the model is not this module's child
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Name -> tensor of all adapters."""
         return {name: p.detach() for name, p in self.parameters_of().items()}
 

@@ -56,7 +56,7 @@ def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu",
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(read_tensors(folder / "model.safetensors", shapes), assign=True)
     model.latent_pos_embed.requires_grad_(False)
-    model.to(device=device, dtype=dtype)  # type: ignore[arg-type]
+    model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 

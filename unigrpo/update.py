@@ -52,7 +52,7 @@ class Minibatch:
         window = self.rollouts.image.mask.shape[1]
         for chunk in torch.arange(len(self.rows)).split(self.micro_batch):
             rows = self.rows[chunk]
-            yield Batch(self.rollouts.select(rows), tuple(a[rows] for a in self.advantages), text_weights[chunk],
+            yield Batch(self.rollouts.select(rows), tuple(a[rows].to(text.device) for a in self.advantages), text_weights[chunk],
                         torch.full((len(rows), window), 1.0 / (len(self.rows) * window), dtype=torch.float64,
                                    device=text.device))
 
