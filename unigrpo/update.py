@@ -52,9 +52,9 @@ class Minibatch:
         window = self.rollouts.image.mask.shape[1]
         for chunk in torch.arange(len(self.rows)).split(self.micro_batch):
             rows = self.rows[chunk]
-            yield Batch(self.rollouts.select(rows), tuple(a[rows].to(text.device) for a in self.advantages), text_weights[chunk],
-                        torch.full((len(rows), window), 1.0 / (len(self.rows) * window), dtype=torch.float64,
-                                   device=text.device))
+            yield Batch(self.rollouts.select(rows), tuple(a[rows].to(text.device) for a in self.advantages),
+                        text_weights[chunk], torch.full((len(rows), window), 1.0 / (len(self.rows) * window),
+                                                        dtype=torch.float64, device=text.device))
 
 
 def update_rows(rollouts: Rollouts, updates: int, rng: np.random.Generator) -> list[Tensor]:
@@ -73,7 +73,7 @@ def minibatches(rollouts: Rollouts, advantages: Sequence[Tensor], config: Config
 
 def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
     """The window's transitions under given velocities: mean (B, W, N, C), std and log_prob (B, W) or what broadcasts."""
-    sigma, sigma_next = (image.sigmas[image.steps + k][:, None, None] for k in (0, 1))
+    sigma, sigma_next = (image.sigmas[image.steps + k][:, None, None].to(velocities.device) for k in (0, 1))
     return transition(image.latents, velocities, sigma, sigma_next, sigma_max=image.sigmas[1],
                       noise_level=config.rollout.noise_level, kind=config.rollout.transition,
                       next_latents=image.next_latents)
