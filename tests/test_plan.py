@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from small import ROOT, sample, small_config, small_policy, small_prompts
 
 from unigrpo.config import load_config
-from unigrpo.plan import make_plan, plan_run
+from unigrpo.plan import gpu_plan, make_plan, model_sizes, plan_run, show_gpu, vocabulary_size
 from unigrpo.update import trainable_experts
 
 
@@ -36,3 +37,101 @@ def test_probe_measures_every_stage():
     assert "seconds on this machine" in text
     for stage in ("base", "sft", "train", "evaluate"):
         assert f"  {stage}" in text
+
+
+# -- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def bagel(**sections):
+    config = load_config("bagel_7b", run="unigrpo", root=ROOT)
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=change)
+                                     for name, change in sections.items()})
+
+
+def test_the_released_model_is_counted():
+    """14,607,260,128 parameters, encoder of images and tables included, and the autoencoder's 83.8M apart."""
+    config = bagel()
+    sizes = model_sizes(config, vocabulary_size(config, ROOT))
+    assert sizes.total == 14_607_260_128
+    assert sizes.trained == 2 * 6_525_625_344  # the final norms are frozen
+    assert sizes.autoencoder == 83_819_683
+    assert sizes.layer == 2 * 6_525_288_448 // 28
+
+
+def plan_of(config, **kwargs):
+    return gpu_plan(config, vocabulary=152_064, **{"gpu": "h200", "gpus": 8, **kwargs})
+
+
+def test_memory_by_hand():
+    """Full fine-tuning in bfloat16: 2 + 4 + 8 + 4 + 2 bytes a trained parameter, on eight GPUs; adapters need none of it."""
+    full = plan_of(bagel()).memory
+    trained = 13_051_250_688
+    assert full["gradients (fp32)"] == 4 * trained / 8
+    assert full["optimizer (two moments, fp32)"] == 8 * trained / 8
+    assert full["masters (fp32)"] == 4 * trained / 8
+    assert full["reference"] == 2 * trained / 8
+    assert full["weights"] == 2 * 14_607_260_128 / 8
+    lora = plan_of(bagel(lora={"rank": 64}), gpus=1).memory
+    assert lora["reference"] == lora["masters (fp32)"] == 0
+    # 64 * (in + out) over q, k, v, o, gate, up, down of 28 layers and two experts.
+    count = 56 * 64 * (2 * 7168 + 2 * 4096 + 3 * (3584 + 18944))
+    assert lora["gradients (fp32)"] == 4 * count
+    assert lora["weights"] == pytest.approx(29.2e9 + 4 * count, rel=0.001)
+
+
+def test_adapters_are_counted_as_peft_makes_them():
+    from unigrpo.adapters import adapter_parameters, add_lora
+    from unigrpo.footprint import adapter_count
+
+    config = small_config(lora={"rank": 4})
+    policy = small_policy(config)
+    add_lora(policy.model, rank=4, alpha=8.0, targets=config.lora.targets, experts=config.train.experts)
+    assert adapter_count(config, policy.model.config) == sum(p.numel() for p in adapter_parameters(policy.model).values())
+
+
+def test_checkpointing_saves_activations_and_costs_a_forward():
+    on, off = plan_of(bagel(), gpus=16), plan_of(bagel(train={"activation_checkpointing": False}), gpus=16)
+    assert on.memory["activations of a micro-batch"] < off.memory["activations of a micro-batch"] / 5
+    seconds = [next(s for stage, name, s in p.phases if name == "updates") for p in (on, off)]
+    assert seconds[0] == pytest.approx(seconds[1] * 4 / 3)
+
+
+def test_cost_follows_from_hours():
+    plan = plan_of(bagel(), price=2.5)
+    assert plan.images == 2000 * 768
+    assert plan.gpu_hours == pytest.approx(8 * sum(plan.hours.values()))
+    step = sum(s for stage, _, s in plan.phases if stage == "train, a step")
+    assert plan.hours["train"] == pytest.approx(step * 2000 / 3600)
+    assert f"cost {plan.gpu_hours * 2.5:,.0f} at 2.5" in show_gpu(plan)
+    halved = plan_of(bagel(), gpus=16)
+    assert halved.hours["train"] == pytest.approx(plan.hours["train"] / 2, rel=0.05)
+    shorter = plan_of(bagel(), thinking=0)
+    assert shorter.hours["train"] < plan.hours["train"]
+
+
+def test_what_cannot_fit_is_refused_with_what_does():
+    """One A100 holds no full fine-tuning: adapters or more GPUs do, and what is proposed then passes."""
+    with pytest.raises(ValueError, match=r"(?s)bagel_7b needs \d+ GB on each of 1 GPUs, and a100-80 has 74 GB.*optimizer"
+                                         r".*nearest settings that fit:.*lora\.rank 64.*GB") as refused:
+        plan_of(bagel(), gpu="a100-80", gpus=1)
+    assert "--gpus" in str(refused.value)
+    plan_of(bagel(lora={"rank": 64}), gpu="a100-80", gpus=1)
+    with pytest.raises(ValueError, match=r"(?s)nearest settings that fit:.*train\.micro_batch"):
+        plan_of(bagel(lora={"rank": 64}, train={"micro_batch": 32}), gpus=1)
+    with pytest.raises(ValueError, match=r"(?s)nearest settings that fit:.*rollout\.token_budget \d+"):
+        plan_of(bagel(lora={"rank": 64}, rollout={"token_budget": None}), gpus=1)
+
+
+def test_bad_requests_name_the_choices():
+    with pytest.raises(ValueError, match=r"--gpus=7 must divide a step's 768 rollouts.*\[6, 8\]"):
+        plan_of(bagel(), gpus=7)
+    with pytest.raises(ValueError, match=r"--gpu must be one of \['a100-80', 'h100', 'h200'\], got 'v100'"):
+        plan_of(bagel(), gpu="v100")
+    with pytest.raises(ValueError, match=r"--thinking=9999 must lie in \[0,"):
+        plan_run("bagel_7b", "unigrpo", ROOT, thinking=9999)
+
+
+def test_the_command_answers_for_the_large_model():
+    text = plan_run("bagel_7b", "unigrpo", ROOT, price=3.0)
+    for part in ("14,607,260,128", "on 8 x h200", "peak (sampling or updating)", "train, a step: denoising", "GPU-hours"):
+        assert part in text

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.mot import MoTConfig, MoTModel
 
 METADATA = {"format": "pt"}  # one key at most: with several, safetensors' bytes depend on the process
@@ -36,9 +37,12 @@ def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenize
     path.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 
-def load_checkpoint(folder: Path) -> tuple[MoTModel, PreTrainedTokenizerBase]:
+def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu",
+                    dtype: torch.dtype | None = None) -> tuple[MoTModel, PreTrainedTokenizerBase]:
     """Read a checkpoint folder; the model is built on the meta device and its tensors are assigned.
 
+    Args:
+        device: where the weights go. dtype: of the weights; as stored by default.
     Raises: ValueError naming a missing file, and every missing, extra or misshapen tensor.
     """
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -52,7 +56,13 @@ def load_checkpoint(folder: Path) -> tuple[MoTModel, PreTrainedTokenizerBase]:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(read_tensors(folder / "model.safetensors", shapes), assign=True)
     model.latent_pos_embed.requires_grad_(False)
+    model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def load_autoencoder(folder: Path) -> Autoencoder | None:
+    """The autoencoder of a checkpoint folder, or None where it has none."""
+    return Autoencoder.from_folder(folder / "autoencoder") if (folder / "autoencoder").is_dir() else None
 
 
 def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -77,7 +87,7 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

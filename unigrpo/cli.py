@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from unigrpo.commands import generate
+
 
 def project_root() -> Path:
     """The nearest folder upwards that holds dvc.yaml and params/. Raises ValueError if there is none."""
@@ -60,7 +62,8 @@ def plan_command(args: argparse.Namespace) -> int:
     """Print what a run will do: counts, memory, seconds."""
     from unigrpo.plan import plan_run
 
-    print(plan_run(args.scale, args.run, project_root(), probe=not args.no_probe))
+    print(plan_run(args.scale, args.run, project_root(), probe=not args.no_probe, gpu=args.gpu, gpus=args.gpus,
+                   price=args.price, thinking=args.thinking))
     return 0
 
 
@@ -108,6 +111,10 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--scale", default="tiny")
     plan.add_argument("--run", default="unigrpo", help="an entry of params/runs.yaml")
     plan.add_argument("--no-probe", action="store_true", help="no time estimate, which takes a few steps of training")
+    plan.add_argument("--gpu", choices=["h100", "h200", "a100-80"], help="plan for this GPU by its roofline")
+    plan.add_argument("--gpus", type=int, help="how many; compute.resources.gpu by default")
+    plan.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
+    plan.add_argument("--thinking", type=int, help="tokens of thinking on average; the longest allowed by default")
     plan.set_defaults(function=plan_command)
 
     store = commands.add_parser("store", help="make MLflow's database, or bring it to the installed version")
@@ -118,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--which", choices=["report", "experiments"], default="report", help="a folder of artifacts/<scale>/")
     report.add_argument("--readme", action="store_true", help="rewrite the README's table and picture")
     report.set_defaults(function=report_command)
+    generate.add_parser(commands)
     return top
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from unigrpo.config import SupervisedConfig
 from unigrpo.models.mot import MoTConfig
+from unigrpo.schema import SupervisedConfig
 
 
 def layer_parameters(config: MoTConfig) -> int:

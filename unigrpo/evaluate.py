@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from unigrpo.config import Config
+from unigrpo.contexts import prefill
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.models.bagel import concatenate_rows
-from unigrpo.rollout import BagelPolicy, Guidance, denoise, prefill, think
+from unigrpo.rollout import BagelPolicy
+from unigrpo.sampling import Guidance, denoise, think
 from unigrpo.seeding import generator
 from unigrpo.types import PromptRecord
 
@@ -83,9 +85,10 @@ def draw(policy: BagelPolicy, pairs: Sequence[tuple[PromptRecord, int]], thought
          guided: bool, seed: int) -> np.ndarray:
     """Images (B, H, W, 3) for (prompt, sample) pairs, conditioned on the given thinking, or on the prompt alone."""
     settings, model = config.evaluate, policy.model
-    tokens, lengths = policy.encode([p for p, _ in pairs], thinking=thoughts is not None)
+    tokens, lengths = (part.to(model.device)
+                       for part in policy.encode([p for p, _ in pairs], thinking=thoughts is not None))
     if thoughts is not None:
-        start = torch.full((len(pairs), 1), policy.special.bos, dtype=torch.int64)
+        start = torch.full((len(pairs), 1), policy.special.bos, dtype=torch.int64, device=model.device)
         tokens, lengths = concatenate_rows(tokens, lengths, torch.cat([start, thoughts.tokens], dim=1), thoughts.lengths + 1,
                                            policy.special.pad)
     shape = (model.config.grid[0] * model.config.grid[1], model.config.token_channels)

@@ -72,7 +72,7 @@ def _guidance(rollouts: Rollouts, scale: float) -> list[str]:
 
 
 def _schedule(rollouts: Rollouts, config: Config) -> list[str]:
-    wanted, got = sigma_schedule(config.rollout.num_steps, config.rollout.shift), rollouts.image.sigmas
+    wanted, got = sigma_schedule(config.rollout.num_steps, config.rollout.shift), rollouts.image.sigmas.cpu()
     if got.shape == wanted.shape and torch.equal(got, wanted):
         return []
     return [f"the schedule differs: the rollout used {len(got) - 1} model calls {[round(s, 4) for s in got[:3].tolist()]}..., "

@@ -1,4 +1,7 @@
-"""What a run will do, before it does it: prompts, images, updates, parameters, memory, and seconds from a one-step probe."""
+"""What a run will do, before it does it: prompts, images, updates, parameters, memory, seconds and cost.
+
+Seconds come from a one-step probe on this machine for small models, and from the roofline of a named GPU for large ones.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,17 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from unigrpo.config import Config
+from unigrpo.footprint import Case, Sizes, fits, layer_sizes, memory, peak, refuse
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
+
+if TYPE_CHECKING:
+    from unigrpo.roofline import Work
 
 MIB = 1024**2
 PROBE_LIMIT = 50_000_000  # parameters up to which the probe runs here
@@ -135,10 +143,144 @@ def show(config: Config, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def plan_run(scale: str, run: str, root: Path, *, probe: bool = True) -> str:
-    """The plan of a run, as text. Raises ValueError where the params do not fit together."""
-    from unigrpo.config import load_config
+@dataclass(frozen=True)
+class GpuPlan:
+    """A run on some GPUs.
+
+    Args:
+        name: of unigrpo.roofline.GPUS. gpus: how many. price: of one GPU for an hour, any currency; None if unknown.
+        memory: part -> bytes on each GPU. peak: bytes. phases: (stage, phase, seconds of one step or of the stage).
+        hours: stage -> wall-clock hours. utilisation: share of the GPUs' peak arithmetic that a training step reaches.
+        images: drawn in all of RL.
+    """
+
+    name: str
+    gpus: int
+    price: float | None
+    memory: dict[str, float]
+    peak: float
+    phases: tuple[tuple[str, str, float], ...]
+    hours: dict[str, float]
+    utilisation: float
+    images: int
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all stages together."""
+        return self.gpus * sum(self.hours.values())
+
+
+def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: float | None = None, prompt: int = 64,
+             thinking: int | None = None) -> GpuPlan:
+    """Memory and time of a run on GPUs, from the roofline; parameters' parts are sharded, rows are split evenly.
+
+    Args:
+        prompt, thinking: tokens on average; thinking is rollout.max_thinking_tokens by default, an upper bound.
+    Raises: ValueError for an unknown GPU, a number of GPUs that does not divide the rollouts, or a run that does not fit:
+        the message names the largest parts and the nearest settings that fit.
+    """
+    from unigrpo.roofline import GPUS, Loads, evaluation_work, rollout_phases, training_phases, warmup_work
+
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu must be one of {sorted(GPUS)}, got {gpu!r}")
+    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
+    if gpus < 1 or rollouts % gpus:
+        near = [n for n in range(1, rollouts + 1) if rollouts % n == 0]
+        raise ValueError(f"--gpus={gpus} must divide a step's {rollouts} rollouts; the nearest that do are "
+                         f"{sorted(sorted(near, key=lambda n: abs(n - gpus))[:2])}")
+    model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
+    thinking = config.rollout.max_thinking_tokens if thinking is None else thinking
+    case = Case(config, model, model_sizes(config, vocabulary), gpus, prompt, thinking)
+    device = GPUS[gpu]
+    if not fits(case, device):
+        raise ValueError(refuse(case, device, gpu))
+    loads = Loads(prompt, thinking, case.rows, case.batch)
+
+    def seconds(phase: tuple[Work, int]) -> float:
+        return phase[0].seconds(device) * phase[1]
+
+    step = rollout_phases(config, model, loads) | training_phases(config, model, loads)
+    spent = {name: seconds(phase) for name, phase in step.items()}
+    flops = sum(work.flops * count for work, count in step.values())
+    sample, samples = warmup_work(config, model, loads)
+    drawn = {name: seconds(phase) / gpus for name, phase in evaluation_work(config, model, loads).items()}
+    phases = (("sft", "a step", sample.seconds(device) * config.sft.texts_per_step / gpus),
+              *(("train, a step", name, value) for name, value in spent.items()),
+              *(("evaluate, a checkpoint", name, value) for name, value in drawn.items()))
+    hours = {"sft": sample.seconds(device) * samples / gpus / 3600,
+             "train": sum(spent.values()) * config.train.num_steps / 3600,
+             "evaluate, base, sft and run": 3 * sum(drawn.values()) / 3600}
+    return GpuPlan(gpu, gpus, price, memory(case), peak(memory(case)), phases, hours,
+                   flops / sum(spent.values()) / device.flops, rollouts * config.train.num_steps)
+
+
+def model_sizes(config: Config, vocabulary: int) -> Sizes:
+    """Parameters by part, counted on the meta device."""
+    from unigrpo.models.autoencoder import Autoencoder
+
+    total, understanding, generation = model_parameters(config, vocabulary)
+    trained = {"understanding": understanding, "generation": generation}
+    autoencoder = 0
+    if config.autoencoder is not None:
+        values = config.autoencoder.model_dump(include={"latent_channels", "block_out_channels", "layers_per_block",
+                                                        "norm_num_groups"})
+        with torch.device("meta"):
+            autoencoder = sum(p.numel() for p in Autoencoder(values).parameters())
+    model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
+    return Sizes(total, sum(trained[name] for name in config.train.experts), layer_sizes(model), autoencoder)
+
+
+def show_gpu(plan: GpuPlan) -> str:
+    """A plan on GPUs as text."""
+    from unigrpo.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, GPUS
+
+    gpu = GPUS[plan.name]
+    lines = [f"on {plan.gpus} x {plan.name}: {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e12:.2f} TB/s, "
+             f"{gpu.memory / 1e9:.0f} GB each ({gpu.source})", "", "memory on each GPU, GB"]
+    lines += [f"  {name:<34}{value / 1e9:>18,.2f}" for name, value in plan.memory.items()]
+    lines += [f"  {'peak (sampling or updating)':<34}{plan.peak / 1e9:>18,.2f}", "",
+              f"seconds, roofline at {COMPUTE_SHARE:.0%} of the arithmetic and {BANDWIDTH_SHARE:.0%} of the bandwidth"]
+    lines += [f"  {f'{stage}: {name}':<44}{value:>8,.1f}" for stage, name, value in plan.phases]
+    lines += [f"  a training step reaches {plan.utilisation:.0%} of the peak arithmetic", "", "hours"]
+    lines += [f"  {stage:<34}{value:>18,.1f}" for stage, value in plan.hours.items()]
+    lines += ["", f"images {plan.images:,}, GPU-hours {plan.gpu_hours:,.0f}"
+              + ("" if plan.price is None else f", cost {plan.gpu_hours * plan.price:,.0f} at {plan.price:g} a GPU-hour")]
+    return "\n".join(lines)
+
+
+def vocabulary_size(config: Config, root: Path) -> int:
+    """Of the scale's tokenizer: the imported checkpoint's (the released model's where it is not there yet), or the world's."""
+    import json
+
     from unigrpo.worlds.shapes import vocabulary
 
+    if config.base.checkpoint is None:
+        return len(word_tokenizer(vocabulary()))
+    path = root / config.base.checkpoint / "config.json"
+    return int(json.loads(path.read_text())["vocab_size"]) if path.is_file() else MoTConfig().vocab_size
+
+
+def plan_run(scale: str, run: str, root: Path, *, probe: bool = True, gpu: str | None = None, gpus: int | None = None,
+             price: float | None = None, thinking: int | None = None) -> str:
+    """The plan of a run, as text.
+
+    Args:
+        gpu, gpus: a name of unigrpo.roofline.GPUS and how many; by default, for a model too large to probe here, h200 and
+            compute.resources.gpu. price: of a GPU-hour. thinking: tokens on average, at most rollout.max_thinking_tokens.
+    Raises: ValueError where the params do not fit together, or into the GPUs.
+    """
+    from unigrpo.config import load_config
+
     config = load_config(scale, run=run, root=root)
-    return show(config, make_plan(config, vocabulary=len(word_tokenizer(vocabulary())), probe=probe))
+    size = vocabulary_size(config, root)
+    if thinking is not None and not 0 <= thinking <= config.rollout.max_thinking_tokens:
+        raise ValueError(f"--thinking={thinking} must lie in [0, rollout.max_thinking_tokens="
+                         f"{config.rollout.max_thinking_tokens}]")
+    plan = make_plan(config, vocabulary=size, probe=probe and gpu is None)
+    large = plan.counts["parameters"] > PROBE_LIMIT
+    if gpu is None and not large:
+        return show(config, plan)
+    there = gpu_plan(config, vocabulary=size, gpu=gpu or "h200", gpus=gpus or config.compute.resources.gpu, price=price,
+                     thinking=thinking)
+    head = show(config, plan).split("\nmemory, MiB")[0]
+    return f"{head}\n{show_gpu(there)}"

@@ -7,158 +7,31 @@ text and every window step in one packed forward with gradient.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from unigrpo.config import RolloutConfig
+from unigrpo.adapters import adapters_off
+from unigrpo.contexts import prefill, read_system_prompt, take_rows
 from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active
 from unigrpo.flow.schedule import choose_window, sigma_schedule
-from unigrpo.flow.sde import TransitionKind, transition
+from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import SpecialTokens, causal_mask, concatenate_rows, encode_segments, packed_mask
 from unigrpo.models.mot import Compact, Context, MoTModel, unpatchify
 from unigrpo.policy import Draw
-from unigrpo.text import sample_tokens, token_log_probs
-from unigrpo.types import FlowSegment, PromptRecord, Replay, Rollouts, TextSegment
+from unigrpo.sampling import Guidance, denoise, image_velocity, think
+from unigrpo.schema import RolloutConfig
+from unigrpo.text import token_log_probs
+from unigrpo.types import SHARED_FIELDS, FlowSegment, PromptRecord, Replay, Rollouts, Segment, TextSegment
 
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: where the text is dropped, and how far to push away from it."""
-
-    context: Context
-    scale: float
-    renorm: Renorm
-    interval: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """What denoising leaves behind: (B, W, N, C) states and actions of the window, (B, W) log-probs, the final latents."""
-
-    latents: Tensor
-    next_latents: Tensor
-    log_probs: Tensor
-    final_latents: Tensor
-
-
-def prefill(model: MoTModel, tokens: Tensor, lengths: Tensor, *, room: int = 0) -> Context:
-    """Cache the keys and values of a padded batch of text.
-
-    Args:
-        tokens: (B, L) int64 padded on the right, lengths: (B,) of real tokens, possibly 0.
-        room: free columns to reserve behind the text.
-    """
-    rows, columns = tokens.shape
-    context = model.empty_context(rows, columns + room)
-    if columns:
-        positions = torch.arange(columns).expand(rows, columns)
-        model(model.embed_text(tokens), positions, causal_mask(lengths, columns), context=context,
-              compact=Compact.of(lengths, columns))
-    context.mask[:, :columns] = torch.arange(columns) < lengths[:, None]
-    context.used, context.positions = columns, lengths.clone()
-    return context
-
-
-def think(model: MoTModel, special: SpecialTokens, context: Context, uniforms: Tensor, *, temperature: float = 1.0,
-          top_k: int = 0, greedy: bool = False) -> TextSegment:
-    """Decode one thinking segment a row, in place on the context, until every row has stopped.
-
-    The fresh start token is fed first; sampled ids, the stop token included, are fed as they are. A row that has ended
-    feeds nothing more: its later columns are masked, never padded over (a stop token overwritten by padding leaves the
-    image conditioned on a context that was never trained).
-
-    Args:
-        context: with room for uniforms.shape[1] + 1 columns; holds the thinking afterwards.
-        uniforms: (B, T) in [0, 1), one a token, T the longest thinking allowed.
-    Returns: a TextSegment trimmed to the longest row.
-    """
-    rows, limit = uniforms.shape
-    tokens = torch.full((rows, limit), special.pad, dtype=torch.int64)
-    log_probs, entropy = torch.zeros(rows, limit), torch.zeros(rows, limit)
-    mask = torch.zeros(rows, limit, dtype=torch.bool)
-    feeding, token = torch.ones(rows, dtype=torch.bool), torch.full((rows,), special.bos, dtype=torch.int64)
-    for step in range(limit + 1):
-        context.mask[:, context.used] = feeding
-        hidden, _ = model(model.embed_text(token[:, None]), context.positions[:, None],
-                          context.mask[:, None, None, :context.used + 1], context=context)
-        context.used += 1
-        context.positions = context.positions + feeding
-        sampling = feeding & (token != special.eos)
-        if step == limit or not sampling.any():
-            break
-        drawn, log_prob, spread = sample_tokens(model.logits(hidden[:, 0]), uniforms[:, step], temperature=temperature,
-                                                top_k=top_k, greedy=greedy)
-        token = torch.where(sampling, drawn, special.pad)
-        tokens[:, step], mask[:, step] = token, sampling
-        log_probs[:, step] = torch.where(sampling, log_prob, 0.0)
-        entropy[:, step] = torch.where(sampling, spread, 0.0)
-        feeding = sampling
-    longest = int(mask.sum(dim=1).max())
-    return TextSegment("text_ar", log_probs[:, :longest], mask[:, :longest], tokens=tokens[:, :longest],
-                       entropy=entropy[:, :longest])
-
-
-def image_velocity(model: MoTModel, markers: Tensor, context: Context, latents: Tensor, sigma: Tensor, *,
-                   grid: tuple[int, int] | None = None) -> Tensor:
-    """Velocity of one image block against a cached context, which is left as it was.
-
-    Args:
-        markers: (2,) ids of the image's start and end marker.
-        context: with room for N + 2 columns.
-        latents: (B, N, C), sigma: scalar.
-    Returns: (B, N, C) float32.
-    """
-    rows, tokens, _ = latents.shape
-    positions = context.positions[:, None]
-    mask = torch.cat([context.mask[:, :context.used], torch.ones(rows, tokens + 2, dtype=torch.bool)], dim=1)
-    gen = model.embed_latents(latents[:, None], sigma, grid=grid)
-    _, out = model(model.embed_text(markers).expand(rows, 2, -1), positions.expand(rows, 2), mask[:, None, None],
-                   gen[:, 0], positions.expand(rows, tokens), context=context)
-    return model.velocity(out[:, None], latents[:, None], sigma)[:, 0]
-
-
-def denoise(model: MoTModel, markers: Tensor, context: Context, noise: Tensor, sigmas: Tensor, *,
-            window: Sequence[int] = (), step_noise: Tensor | None = None, kind: TransitionKind = "flow_sde",
-            noise_level: float = 0.0, guidance: Guidance | None = None, grid: tuple[int, int] | None = None,
-            trace: list[Tensor] | None = None) -> Drawing:
-    """Draw images: SDE steps inside the window, Euler steps outside.
-
-    Args:
-        noise: (B, N, C) float32 initial latents; sigmas: (S+1,) float32 from 1 to 0.
-        window: schedule indices of the stochastic steps; step_noise: (B, W, N, C) their noise.
-        kind, noise_level: the transition, see unigrpo.flow.sde.
-        trace: if given, receives the state before every step.
-    """
-    latents = noise
-    states: list[Tensor] = []
-    actions: list[Tensor] = []
-    scores: list[Tensor] = []
-    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        if trace is not None:
-            trace.append(latents)
-        velocity = image_velocity(model, markers, context, latents, sigma, grid=grid)
-        if guidance is not None and guidance.scale > 1.0 and guidance_active(float(sigma), guidance.interval):
-            dropped = image_velocity(model, markers, guidance.context, latents, sigma, grid=grid)
-            velocity = combine_guidance(velocity, dropped, text_scale=guidance.scale, renorm=guidance.renorm)
-        stochastic = step in window
-        move = transition(latents, velocity, sigma, sigma_next, sigma_max=sigmas[1], noise_level=noise_level,
-                          kind=kind if stochastic else "ode",
-                          noise=step_noise[:, len(states)] if stochastic and step_noise is not None else None)
-        if stochastic:
-            states.append(latents)
-            actions.append(move.next_latents)
-            scores.append(move.log_prob)
-        latents = move.next_latents
-    empty = latents.new_zeros(len(latents), 0, *latents.shape[1:])
-    return Drawing(torch.stack(states, dim=1) if states else empty, torch.stack(actions, dim=1) if actions else empty,
-                   torch.stack(scores, dim=1) if scores else latents.new_zeros(len(latents), 0), latents)
+DECODED_PIXELS = 4 * 1024 * 1024  # pixels the autoencoder decodes at a time
 
 
 class BagelPolicy:
@@ -166,19 +39,28 @@ class BagelPolicy:
 
     Args:
         model, tokenizer: of one checkpoint.
-        system_prompt: text of the segment that precedes a prompt when the model is to think; "" for none.
+        system_prompt: text of the segment that precedes a prompt when the model is to think; "" for none;
+            "@PATH/inferencer.py" reads BAGEL's own from a checkout of the official code, see read_system_prompt.
         guidance: (scale, renorm, interval) of the policy's own classifier-free guidance, used in rollout and replay
             alike; None, the paper's choice, trains without.
         context_gradient: True lets the image loss reach the text context (the policy's true gradient).
+        autoencoder: turns latents into pixels; None where the model draws pixel patches.
     """
 
     def __init__(self, model: MoTModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str,
-                 guidance: tuple[float, Renorm, tuple[float, float]] | None = None, context_gradient: bool = True) -> None:
-        self.model, self.tokenizer, self.system_prompt = model, tokenizer, system_prompt
+                 guidance: tuple[float, Renorm, tuple[float, float]] | None = None, context_gradient: bool = True,
+                 autoencoder: Autoencoder | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.system_prompt = (read_system_prompt(Path(system_prompt[1:]).expanduser()) if system_prompt.startswith("@")
+                              else system_prompt)
         self.special = SpecialTokens.of(tokenizer)
-        self.markers = torch.tensor([self.special.image_start, self.special.image_end])
-        self.guidance, self.context_gradient = guidance, context_gradient
+        self.guidance, self.context_gradient, self.autoencoder = guidance, context_gradient, autoencoder
         self.reference_weights: dict[str, Tensor] = {}
+
+    @property
+    def markers(self) -> Tensor:
+        """(2,) ids of an image's start and end, on the model's device."""
+        return torch.tensor([self.special.image_start, self.special.image_end], device=self.model.device)
 
     @property
     def guidance_scale(self) -> float:
@@ -202,37 +84,62 @@ class BagelPolicy:
                  generators: Draw, step: int = 0) -> Rollouts:
         """Sample thinking and images for every prompt, `group_size` siblings each. See UnifiedPolicy.generate."""
         siblings = [(p, i) for p in prompts for i in range(group_size)]
-        tokens, lengths = self.encode(prompts)
-        image_tokens, channels = int(np.prod(self.model.config.grid)), self.model.config.token_channels
-        room = sampling.max_thinking_tokens + 1 + image_tokens + 2
-        context = prefill(self.model, tokens, lengths).repeat(group_size, room)
-        uniforms = np.stack([generators("thinking", p.id, i).random(sampling.max_thinking_tokens, dtype=np.float32)
-                             for p, i in siblings])
-        text = think(self.model, self.special, context, torch.from_numpy(uniforms), temperature=sampling.temperature,
-                     top_k=sampling.top_k)
+        tokens, lengths = (part.to(self.model.device) for part in self.encode(prompts))
+        prefix = prefill(self.model, tokens, lengths)
         sigmas = sigma_schedule(sampling.num_steps, sampling.shift)
         window = choose_window(sampling.window.kind, sampling.window.size, sampling.window.range,
                                rng=generators("window"), step=step)
-        shape = (image_tokens, channels)
+        parts = [self._sample(siblings, rows, group_size, prefix, sampling, generators, sigmas, window)
+                 for rows in self.budgeted(len(siblings), prefix.used, sampling)]
+        text, image = (join_segments(column, self.special.pad) for column in zip(*parts, strict=True))
+        return Rollouts(tuple(p for p, _ in siblings), tokens.repeat_interleave(group_size, dim=0),
+                        lengths.repeat_interleave(group_size), (text, image), group_size,
+                        stop_token=self.special.eos, temperature=sampling.temperature, guidance_scale=self.guidance_scale,
+                        cost={"text_tokens": int(text.mask.sum()), "images": len(siblings),
+                              "model_calls": sampling.num_steps * (1 if self.guidance is None else 2) * len(siblings)})
+
+    def budgeted(self, rows: int, prefix: int, sampling: RolloutConfig) -> Sequence[Tensor]:
+        """Row indices of the chunks that are sampled at a time: as many whole rows as `token_budget` cache tokens hold.
+
+        A row caches its prefix, its longest thinking and its image, and once more system segment and image with guidance.
+
+        Args:
+            prefix: columns of the prompts' cache.
+        """
+        index = torch.arange(rows)
+        if sampling.token_budget is None:
+            return [index]
+        image = int(np.prod(self.model.config.grid)) + 2
+        columns = prefix + sampling.max_thinking_tokens + 1 + image
+        if self.guidance is not None:
+            columns += image + encode_segments(self.tokenizer, [[self.system_prompt]])[0].shape[1]
+        return index.split(max(1, sampling.token_budget // columns))
+
+    def _sample(self, siblings: Sequence[tuple[PromptRecord, int]], rows: Tensor, group_size: int, prefix: Context,
+                sampling: RolloutConfig, generators: Draw, sigmas: Tensor,
+                window: Sequence[int]) -> tuple[TextSegment, FlowSegment]:
+        """Thinking and image of some of the rollouts. Draws are keyed by rollout, so the choice of rows moves no number."""
+        chosen, count = [siblings[int(row)] for row in rows], int(np.prod(self.model.config.grid))
+        context = take_rows(prefix, rows // group_size, sampling.max_thinking_tokens + 1 + count + 2)
+        uniforms = np.stack([generators("thinking", p.id, i).random(sampling.max_thinking_tokens, dtype=np.float32)
+                             for p, i in chosen])
+        text = think(self.model, self.special, context, torch.from_numpy(uniforms), temperature=sampling.temperature,
+                     top_k=sampling.top_k)
+        shape = (count, self.model.config.token_channels)
         noise = np.stack([generators("latents", p.id, 0 if sampling.shared_noise else i).standard_normal(shape, np.float32)
-                          for p, i in siblings])
+                          for p, i in chosen])
         step_noise = np.stack([generators("transition", p.id, i).standard_normal((len(window), *shape), np.float32)
-                               for p, i in siblings])
+                               for p, i in chosen])
         guidance = None
         if self.guidance is not None:
-            guidance = Guidance(self.dropped_context(len(siblings), room=image_tokens + 2), *self.guidance)
+            guidance = Guidance(self.dropped_context(len(chosen), room=count + 2), *self.guidance)
         drawing = denoise(self.model, self.markers, context, torch.from_numpy(noise), sigmas, window=window,
                           step_noise=torch.from_numpy(step_noise), kind=sampling.transition,
                           noise_level=sampling.noise_level, guidance=guidance)
         image = FlowSegment("image_flow", drawing.log_probs, torch.ones_like(drawing.log_probs, dtype=torch.bool),
                             latents=drawing.latents, next_latents=drawing.next_latents,
                             final_latents=drawing.final_latents, steps=torch.tensor(window), sigmas=sigmas)
-        calls = sampling.num_steps * (2 if guidance is not None else 1)
-        return Rollouts(tuple(p for p, _ in siblings), tokens.repeat_interleave(group_size, dim=0),
-                        lengths.repeat_interleave(group_size), (text, image), group_size,
-                        stop_token=self.special.eos, temperature=sampling.temperature, guidance_scale=self.guidance_scale,
-                        cost={"text_tokens": int(text.mask.sum()), "images": len(siblings),
-                              "model_calls": calls * len(siblings)})
+        return text, image
 
     def replay(self, rollouts: Rollouts, *, velocities: bool = True) -> Replay:
         """One packed forward [prompt | thinking | image at window step 1 | image at step 2 | ...].
@@ -242,7 +149,7 @@ class BagelPolicy:
         Returns: Replay with gradient where gradients are enabled.
         """
         model, text, image = self.model, rollouts.text, rollouts.image
-        start = torch.full((len(rollouts), 1), self.special.bos, dtype=torch.int64)
+        start = torch.full((len(rollouts), 1), self.special.bos, dtype=torch.int64, device=text.tokens.device)
         tokens, lengths = concatenate_rows(rollouts.prompt_tokens, rollouts.prompt_lengths,
                                            torch.cat([start, text.tokens], dim=1), text.lengths + 1, self.special.pad)
         sigma = image.sigmas[image.steps]
@@ -254,7 +161,7 @@ class BagelPolicy:
             velocity = torch.zeros_like(image.latents)
         elif self.guidance is not None:
             velocity = self._guided(velocity, image.latents, sigma)
-        index = rollouts.prompt_lengths[:, None] + torch.arange(text.tokens.shape[1])
+        index = rollouts.prompt_lengths[:, None] + torch.arange(text.tokens.shape[1], device=lengths.device)
         index = index.clamp(max=tokens.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         logits = model.logits(hidden.gather(1, index))                                         # (B, T, V)
         log_probs = token_log_probs(logits, text.tokens, rollouts.temperature)
@@ -269,7 +176,7 @@ class BagelPolicy:
         `sigma` is (W,), or (B, W) where every row has noise levels of its own.
         """
         model, (rows, columns) = self.model, tokens.shape
-        positions = torch.arange(columns).expand(rows, columns)
+        positions = torch.arange(columns, device=tokens.device).expand(rows, columns)
         if latents is None:
             hidden, _ = model(model.embed_text(tokens), positions, causal_mask(lengths, columns),
                               compact=Compact.of(lengths, columns))
@@ -298,7 +205,8 @@ class BagelPolicy:
         assert self.guidance is not None
         scale, renorm, interval = self.guidance
         system = [[self.system_prompt] if self.system_prompt else []] * len(latents)
-        _, dropped = self.packed(*encode_segments(self.tokenizer, system), latents, sigma)
+        tokens, lengths = (part.to(latents.device) for part in encode_segments(self.tokenizer, system))
+        _, dropped = self.packed(tokens, lengths, latents, sigma)
         assert dropped is not None
         blocks = [combine_guidance(v, d, text_scale=scale, renorm=renorm) if guidance_active(float(s), interval) else v
                   for v, d, s in zip(velocity.unbind(1), dropped.unbind(1), sigma, strict=True)]
@@ -311,22 +219,38 @@ class BagelPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the trained parameters hold the reference's values: same tokens and latents, its own context."""
+        """Inside, the weights are the reference's: same tokens and latents, its own context.
+
+        The trained parameters hold the frozen copy's values; adapters, where there are any, are off.
+        """
         parameters = dict(self.model.named_parameters())
         own = {name: parameters[name].data for name in self.reference_weights}
         try:
             for name, value in self.reference_weights.items():
                 parameters[name].data = value
-            yield
+            with adapters_off(self.model):
+                yield
         finally:
             for name, value in own.items():
                 parameters[name].data = value
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """(B, N, C) final latents in [-1, 1] -> (B, H, W, 3) float32 in [0, 1]. Pixel patches need no autoencoder."""
-        pixels = unpatchify(latents, self.model.config.latent_patch_size, self.model.config.grid)
-        return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        """(B, N, C) final latents -> (B, H, W, 3) float32 in [0, 1]. Pixel patches need no autoencoder."""
+        return self.decode_grid(latents, self.model.config.grid)
+
+    @torch.no_grad()
+    def decode_grid(self, latents: Tensor, grid: tuple[int, int]) -> np.ndarray:
+        """The same for an image grid (rows, columns) of another size; a few images at a time, to bound memory."""
+        stride = self.model.config.latent_patch_size * self.model.config.latent_downsample
+        together = max(1, DECODED_PIXELS // (grid[0] * grid[1] * stride**2))
+        out = []
+        for part in latents.split(together if self.autoencoder is not None else len(latents)):
+            pixels = unpatchify(part, self.model.config.latent_patch_size, grid)
+            if self.autoencoder is not None:
+                pixels = self.autoencoder.decode(pixels)
+            out.append((pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
+        return np.concatenate(out)
 
     def texts(self, segment: TextSegment) -> list[str]:
         """Decoded texts of a segment, the stop token left out."""
@@ -336,3 +260,17 @@ class BagelPolicy:
     def thinking_texts(self, rollouts: Rollouts) -> list[str]:
         """See UnifiedPolicy.thinking_texts."""
         return self.texts(rollouts.text)
+
+
+def join_segments(parts: Sequence[Segment], filler: int) -> Segment:
+    """One segment of all rows of several: token columns padded to the longest, with `filler` for ids."""
+    if len(parts) == 1:
+        return parts[0]
+    width, joined = max(part.mask.shape[1] for part in parts), {}
+    for item in fields(parts[0]):
+        values = [getattr(part, item.name) for part in parts]
+        if isinstance(values[0], Tensor) and item.name not in SHARED_FIELDS:
+            joined[item.name] = torch.cat([
+                pad(v, (0, width - v.shape[1]), value=filler if item.name == "tokens" else 0) if v.ndim == 2 else v
+                for v in values])
+    return replace(parts[0], **joined)  # type: ignore[arg-type]

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigrpo.config import SupervisedConfig
+from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import concatenate_rows, encode_segments
 from unigrpo.models.mot import patchify
 from unigrpo.rollout import BagelPolicy
+from unigrpo.schema import SupervisedConfig
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class SupervisedBatch:
 
 
 def collate(policy: BagelPolicy, examples: Sequence[Example], images: np.ndarray, rng: np.random.Generator, *,
-            images_per_text: int) -> SupervisedBatch:
-    """Encode texts, patchify images (B, H, W, 3) in [0, 1], draw noise levels and noise.
+            images_per_text: int, posterior: str = "mean") -> SupervisedBatch:
+    """Encode texts, patchify images (B, H, W, 3) in [0, 1] or their latents, draw noise levels and noise.
+
+    With an autoencoder its posterior's mean is trained on, or a sample of it (`posterior`: mean | sample).
 
     Noise levels: sigmoid of a standard normal, then the schedule's shift, as BAGEL trains (arXiv:2505.14683).
     """
@@ -63,11 +66,24 @@ def collate(policy: BagelPolicy, examples: Sequence[Example], images: np.ndarray
     targets = (columns > context_lengths[:, None]) & (columns < lengths[:, None])
     config = policy.model.config
     pixels = torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32)).permute(0, 3, 1, 2) * 2 - 1
+    device = policy.model.device
+    if policy.autoencoder is not None:
+        pixels = encode_images(policy.autoencoder, pixels, rng if posterior == "sample" else None)
     clean = patchify(pixels, config.latent_patch_size)
     raw = torch.sigmoid(torch.from_numpy(rng.standard_normal((len(examples), images_per_text), np.float32)))
     sigma = config.timestep_shift * raw / (1 + (config.timestep_shift - 1) * raw)
     noise = torch.from_numpy(rng.standard_normal((len(examples), images_per_text, *clean.shape[1:]), np.float32))
-    return SupervisedBatch(tokens, lengths, targets, clean, sigma, noise)
+    return SupervisedBatch(*(part.to(device) for part in (tokens, lengths, targets, clean, sigma, noise)))
+
+
+@torch.no_grad()
+def encode_images(autoencoder: Autoencoder, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32 latents on the CPU: the posterior's mean, or drawn with `rng`."""
+    noise = None
+    if rng is not None:
+        shape = (len(pixels), autoencoder.config["latent_channels"], *(s // autoencoder.downsample for s in pixels.shape[2:]))
+        noise = torch.from_numpy(rng.standard_normal(shape, np.float32))
+    return autoencoder.encode(pixels, noise=noise).float().cpu()
 
 
 def supervised_losses(policy: BagelPolicy, batch: SupervisedBatch) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -87,12 +103,19 @@ def supervised_losses(policy: BagelPolicy, batch: SupervisedBatch) -> tuple[Tens
 
 
 def supervised_optimizers(model: nn.Module, config: SupervisedConfig) -> list[torch.optim.Optimizer]:
-    """Muon on the layers' matrices (about 1.7x fewer steps than AdamW alone), AdamW on everything else."""
+    """Muon on the layers' matrices (about 1.7x fewer steps than AdamW alone), AdamW on everything else, or on all.
+
+    Fine-tuning a model that was trained with AdamW goes on with AdamW (config.optimizer).
+    """
     matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
+    if config.optimizer == "adamw":
+        matrices = []
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    optimizers = [torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0, momentum=0.95),
-                  torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0, momentum=0.95))
+    optimizers.append(torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

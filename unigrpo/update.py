@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unigrpo.config import Config, ObjectiveConfig, OptimConfig
+from unigrpo.adapters import has_adapters
 from unigrpo.flow.sde import Transition, transition
+from unigrpo.masters import MasterAdamW
 from unigrpo.objectives import clipped_surrogate_loss, k3_kl, latent_kl, projected_log_ratio, velocity_mse
 from unigrpo.policy import UnifiedPolicy
+from unigrpo.schema import Config, ObjectiveConfig, OptimConfig
 from unigrpo.text import sequence_weights
 from unigrpo.types import FlowSegment, Replay, Rollouts
 
@@ -50,8 +52,9 @@ class Minibatch:
         window = self.rollouts.image.mask.shape[1]
         for chunk in torch.arange(len(self.rows)).split(self.micro_batch):
             rows = self.rows[chunk]
-            yield Batch(self.rollouts.select(rows), tuple(a[rows] for a in self.advantages), text_weights[chunk],
-                        torch.full((len(rows), window), 1.0 / (len(self.rows) * window), dtype=torch.float64))
+            yield Batch(self.rollouts.select(rows), tuple(a[rows].to(text.device) for a in self.advantages),
+                        text_weights[chunk], torch.full((len(rows), window), 1.0 / (len(self.rows) * window),
+                                                        dtype=torch.float64, device=text.device))
 
 
 def update_rows(rollouts: Rollouts, updates: int, rng: np.random.Generator) -> list[Tensor]:
@@ -70,7 +73,7 @@ def minibatches(rollouts: Rollouts, advantages: Sequence[Tensor], config: Config
 
 def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
     """The window's transitions under given velocities: mean (B, W, N, C), std and log_prob (B, W) or what broadcasts."""
-    sigma, sigma_next = (image.sigmas[image.steps + k][:, None, None] for k in (0, 1))
+    sigma, sigma_next = (image.sigmas[image.steps + k][:, None, None].to(velocities.device) for k in (0, 1))
     return transition(image.latents, velocities, sigma, sigma_next, sigma_max=image.sigmas[1],
                       noise_level=config.rollout.noise_level, kind=config.rollout.transition,
                       next_latents=image.next_latents)
@@ -188,9 +191,14 @@ EXPERTS = {"generation": "_moe_gen", "understanding": ""}
 
 
 def expert_parameters(model: nn.Module, expert: str) -> dict[str, nn.Parameter]:
-    """The layers' parameters of one expert set. Embeddings, head, final norms, time embedder, projections are no expert's."""
+    """The decoder layers' parameters of one expert set, or their adapters where there are any.
+
+    Embeddings, head, final norms, time embedder, projections and the image encoder are no expert's.
+    """
+    adapters = has_adapters(model)
     return {name: p for name, p in model.named_parameters()
-            if ".layers." in name and ("_moe_gen" in name) == (expert == "generation")}
+            if name.startswith("language_model.") and ".layers." in name
+            and ("_moe_gen" in name) == (expert == "generation") and (not adapters or ".lora_" in name)}
 
 
 def trainable_experts(model: nn.Module, experts: Sequence[str]) -> dict[str, dict[str, nn.Parameter]]:
@@ -203,12 +211,19 @@ def trainable_experts(model: nn.Module, experts: Sequence[str]) -> dict[str, dic
     return chosen
 
 
-def rl_optimizer(experts: dict[str, dict[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with one group, and one learning rate, an expert."""
-    rates = {"understanding": config.understanding_lr, "generation": config.generation_lr}
-    return torch.optim.AdamW([{"params": list(parameters.values()), "lr": rates[name], "name": name, "peak_lr": rates[name]}
-                              for name, parameters in experts.items()],
-                             betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+def rl_optimizer(experts: dict[str, dict[str, nn.Parameter]], config: OptimConfig, *,
+                 lr_scale: float = 1.0) -> torch.optim.AdamW:
+    """AdamW with one group, and one learning rate, an expert; with float32 masters where parameters are bfloat16.
+
+    Args:
+        experts: see `trainable_experts`. lr_scale: factor of both learning rates (adapters want larger ones).
+    """
+    rates = {"understanding": config.understanding_lr * lr_scale, "generation": config.generation_lr * lr_scale}
+    groups = [{"params": list(parameters.values()), "lr": rates[name], "name": name, "peak_lr": rates[name]}
+              for name, parameters in experts.items()]
+    rounded = any(p.dtype != torch.float32 for parameters in experts.values() for p in parameters.values())
+    return (MasterAdamW if rounded else torch.optim.AdamW)(groups, betas=config.betas, eps=config.eps,
+                                                           weight_decay=config.weight_decay)
 
 
 def schedule_factor(update: int, total: int, config: OptimConfig) -> float:

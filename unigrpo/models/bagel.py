@@ -86,8 +86,10 @@ def concatenate_rows(first: Tensor, first_lengths: Tensor, second: Tensor, secon
     Returns: (B, max total) ids padded on the right, (B,) lengths.
     """
     lengths = first_lengths + second_lengths
+    if second.shape[1] == 0:  # no row adds anything, and there is nothing to gather from
+        return first, lengths
     out = first.new_full((len(first), int(lengths.max())), pad)
-    columns = torch.arange(out.shape[1])
+    columns = torch.arange(out.shape[1], device=out.device)
     out = torch.where(columns < first_lengths[:, None], torch.nn.functional.pad(
         first[:, :out.shape[1]], (0, max(0, out.shape[1] - first.shape[1]))), out)
     behind = columns - first_lengths[:, None]                                             # (B, L) index into second

@@ -1,4 +1,4 @@
-"""The base model: trained from scratch on rendered scenes and their captions."""
+"""The base model: trained from scratch on rendered scenes and their captions, or a released checkpoint."""
 
 from __future__ import annotations
 
@@ -7,27 +7,42 @@ from pathlib import Path
 
 import torch
 
-from unigrpo.checkpoint import load_training_state, restore_optimizers, save_checkpoint, save_training_state
-from unigrpo.config import Config, SupervisedConfig
+from unigrpo.checkpoint import load_training_state, restore_optimizers, save_training_state
+from unigrpo.config import load_config
 from unigrpo.cost import supervised_cost
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
 from unigrpo.prompts.curate import split_of
 from unigrpo.rollout import BagelPolicy
+from unigrpo.schema import Config, SupervisedConfig
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, SupervisedBatch, collate, supervised_optimizers, train_supervised
+from unigrpo.stages.imported import import_base
+from unigrpo.stages.loading import compute_device, save_policy
+from unigrpo.stages.pixels import autoencoder_of, reconstruction_error
 from unigrpo.stages.session import Session, session, tail_mean
 from unigrpo.worlds.shapes import caption_text, plan_text, random_scene, render, vocabulary
 
 
 def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Train the base model of a scale. Returns its metrics."""
-    with session("base", scale, scale=scale, output=f"artifacts/{scale}/base", inputs=(), root=root,
-                 provenance=provenance) as stage:
-        policy = fresh_policy(stage.config)
-        train_stage(stage, policy, stage.config.base, lambda step: caption_batch(policy, stage.config, step))
-        save_checkpoint(stage.output / "checkpoint", policy.model, policy.tokenizer)
-        return stage.write(summary(stage, policy, stage.config.base))
+    """Train the base model of a scale, or check and link the released one. Returns its metrics."""
+    source = load_config(scale, root=root).base.checkpoint
+    with session("base", scale, scale=scale, output=f"artifacts/{scale}/base", inputs=() if source is None else (source,),
+                 root=root, provenance=provenance) as stage:
+        config = stage.config
+        if source is not None:
+            metrics = import_base(root / source, stage.output / "checkpoint", config)
+            stage.log(0, metrics)
+            return stage.write(metrics)
+        policy = fresh_policy(config)
+        metrics = {}
+        if config.autoencoder is not None:
+            policy.autoencoder = autoencoder_of(config.autoencoder, stage.folder, size=max(config.model.image_size),
+                                                device=policy.model.device)
+            metrics["autoencoder/rmse"] = reconstruction_error(policy.autoencoder, config.autoencoder)
+        train_stage(stage, policy, config.base, lambda step: caption_batch(policy, config, step))
+        save_policy(stage.output / "checkpoint", policy)
+        return stage.write({**summary(stage, policy, config.base), **metrics})
 
 
 def fresh_policy(config: Config) -> BagelPolicy:
@@ -36,6 +51,7 @@ def fresh_policy(config: Config) -> BagelPolicy:
     with torch.random.fork_rng():
         torch.manual_seed(int(generator(config.base.seed, "weights").integers(2**63)))
         model = MoTModel(MoTConfig(vocab_size=len(tokenizer), **config.model.model_dump()))
+    model.to(compute_device(config.compute.device))  # type: ignore[arg-type]
     return BagelPolicy(model, tokenizer, system_prompt=config.rollout.system_prompt)
 
 
@@ -59,12 +75,20 @@ def caption_batch(policy: BagelPolicy, config: Config, step: int) -> SupervisedB
             examples.append(Example((caption_text(scene, rng, reserved=reserved),), plan_text(scene, rng)))
         else:
             examples.append(Example((), caption_text(scene, rng, reserved=reserved)))
-    return collate(policy, examples, render(scenes, rng), rng, images_per_text=settings.images_per_text)
+    return collate(policy, examples, render(scenes, rng), rng, images_per_text=settings.images_per_text,
+                   posterior=posterior_of(config))
+
+
+def posterior_of(config: Config) -> str:
+    """mean or sample: what training images are encoded to, where there is an autoencoder."""
+    return "mean" if config.autoencoder is None else config.autoencoder.posterior
 
 
 def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig, batches) -> None:
     """Supervised training that resumes, logs and saves; shared by base and sft."""
     policy.model.train()
+    if settings.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable()
     optimizers = supervised_optimizers(policy.model, settings)
     start = 0
     if (found := load_training_state(stage.folder)) is not None:
@@ -86,6 +110,8 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
             save_training_state(stage.folder, step + 1, policy.model, optimizers, stage.state())
 
     train_supervised(policy, optimizers, batches, settings, log=log, save=save, start_step=start)
+    if settings.activation_checkpointing:
+        policy.model.gradient_checkpointing_disable()
     policy.model.eval()
 
 

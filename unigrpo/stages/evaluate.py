@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from unigrpo.checkpoint import load_checkpoint
 from unigrpo.evaluate import GRID, draw_grid
 from unigrpo.evaluation.outcomes import (
     compute_metrics,
@@ -19,7 +18,7 @@ from unigrpo.evaluation.outcomes import (
 )
 from unigrpo.evaluation.shapes import verdict_rows
 from unigrpo.prompts.records import read_records
-from unigrpo.rollout import BagelPolicy
+from unigrpo.stages.loading import load_policy
 from unigrpo.stages.session import save_picture, session
 
 
@@ -34,7 +33,7 @@ def run(scale: str, *, checkpoint: str, root: Path = Path("."),
         if len(records) < settings.prompts:
             raise ValueError(f"evaluate.prompts={settings.prompts} but eval.jsonl holds {len(records)}; a partial set is "
                              f"refused: lower evaluate.prompts in params/scales/{scale}.yaml or rerun curate")
-        policy = BagelPolicy(*load_checkpoint(root / folder / "checkpoint"), system_prompt=config.rollout.system_prompt)
+        policy = load_policy(root / folder / "checkpoint", config)
         shown = {record.id for record in records[:settings.gallery]}
         pictures = stage.output / "samples"
         shutil.rmtree(pictures, ignore_errors=True)

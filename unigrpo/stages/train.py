@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unigrpo.adapters import AdapterState, add_lora, has_adapters
 from unigrpo.checkpoint import (
-    load_checkpoint,
     load_training_state,
     restore_optimizers,
-    save_checkpoint,
     save_training_state,
     weights_digest,
 )
@@ -26,6 +25,7 @@ from unigrpo.prompts.records import read_records
 from unigrpo.rewards import get_reward
 from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator, shuffled_index
+from unigrpo.stages.loading import DTYPES, load_policy, save_policy
 from unigrpo.stages.session import Session, session, tail_mean
 from unigrpo.train import train
 from unigrpo.types import PromptRecord, Reward, Rollouts
@@ -44,29 +44,40 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
         config = stage.config
         policy = rl_policy(root / sft, config)
         experts = trainable_experts(policy.model, config.train.experts)
-        names = [name for parameters in experts.values() for name in parameters]
-        policy.freeze_reference(names)
-        optimizer = rl_optimizer(experts, config.optim)
+        if config.lora.rank == 0:  # with adapters the reference is the model without them
+            policy.freeze_reference([name for parameters in experts.values() for name in parameters])
+        optimizer = rl_optimizer(experts, config.optim, lr_scale=config.lora.lr_scale if config.lora.rank else 1.0)
         start = resume(stage, policy, optimizer)
         records = read_records(root / prompts / "train.jsonl")
         probes = read_records(root / prompts / "validation.jsonl")[:config.train.probe_prompts]
         stage.begin("", config.train.num_steps, start)
         policy.model.train()
+        if config.train.activation_checkpointing:
+            policy.model.gradient_checkpointing_enable()
         train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, config), config,
               draw=partial(generator, config.seed), log=partial(record, stage, policy, probes),
               save=partial(save, stage, policy, optimizer), start_step=start)
         policy.model.eval()
-        save_checkpoint(stage.output / "checkpoint", policy.model, policy.tokenizer)
+        save_policy(stage.output / "checkpoint", policy)
         return stage.write(summary(stage, policy))
 
 
 def rl_policy(checkpoint: Path, config: Config) -> BagelPolicy:
-    """The policy of a run: the checkpoint's weights, the run's own guidance and context gradient."""
+    """The policy of a run: the checkpoint's weights in the run's precision, its adapters, guidance and context gradient."""
     rollout = config.rollout
     guidance = (rollout.guidance_scale, rollout.guidance_renorm, rollout.guidance_interval)
-    return BagelPolicy(*load_checkpoint(checkpoint), system_prompt=rollout.system_prompt,
-                       guidance=guidance if rollout.guidance_scale > 1 else None,
-                       context_gradient=config.objective.image.context_gradient == "full")
+    policy = load_policy(checkpoint, config, dtype=DTYPES[config.train.precision],
+                         guidance=guidance if rollout.guidance_scale > 1 else None,
+                         context_gradient=config.objective.image.context_gradient == "full")
+    if config.lora.rank:
+        add_lora(policy.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
+                 experts=config.train.experts, seed=config.seed)
+    return policy
+
+
+def trained_part(policy: BagelPolicy) -> torch.nn.Module:
+    """What a resume folder holds: the model, or of an adapted model its adapters."""
+    return AdapterState(policy.model) if has_adapters(policy.model) else policy.model
 
 
 def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer) -> int:
@@ -75,8 +86,8 @@ def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer
     if found is None:
         return 0
     state, tensors = found
-    policy.model.load_state_dict(tensors["model"])
-    policy.reference_weights = tensors["extra"]
+    trained_part(policy).load_state_dict(tensors["model"])
+    policy.reference_weights = {name: value.to(policy.model.device) for name, value in tensors["extra"].items()}
     if weights_digest(policy.reference_weights) != state["reference"]:
         raise ValueError(f"{stage.folder} holds another reference than its state.json names; remove that folder to start again")
     restore_optimizers([optimizer], tensors["optimizer"])
@@ -88,7 +99,7 @@ def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, 
     """Save the training state every train.checkpoint_every steps, and at the end."""
     settings = stage.config.train
     if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps:
-        save_training_state(stage.folder, step + 1, policy.model, [optimizer],
+        save_training_state(stage.folder, step + 1, trained_part(policy), [optimizer],
                             {**stage.state(), "reference": weights_digest(policy.reference_weights)},
                             extra=policy.reference_weights)
 

@@ -1,0 +1,85 @@
+"""A checkpoint that was not made here, trained for two steps: what is saved draws what the trainer would have drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import draw, small_config, small_policy, small_prompts
+
+from unigrpo.adapters import add_lora
+from unigrpo.checkpoint import save_checkpoint
+from unigrpo.generate import UnifiedPipeline
+from unigrpo.stages.loading import load_policy, save_policy
+from unigrpo.stages.train import rl_policy
+from unigrpo.train import train
+from unigrpo.types import Reward
+from unigrpo.update import rl_optimizer, trainable_experts
+
+
+def brightness(rollouts):
+    return [Reward("shapes_graded", rollouts.image.final_latents.mean(dim=(1, 2)) + 0.01 * rollouts.text.lengths)]
+
+
+def pictures(pipe: UnifiedPipeline) -> tuple[list[np.ndarray], list[str]]:
+    out = pipe(["red circle", "a blue square"], think=True, guidance_scale=2.0, num_inference_steps=4, seed=7,
+               max_thinking_tokens=6)
+    return [np.asarray(image) for image in out.images], out.thinking
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_two_steps_then_the_same_images_from_the_folder(tmp_path, rank, precision):
+    """Full and adapters, float32 and bfloat16: byte-equal pictures and texts, byte-equal frozen tensors."""
+    loose = {"text": 1.0, "image": 1.0e9} if precision == "bf16" else {}
+    base = small_config()
+    config = small_config(
+        train={"num_steps": 2, "micro_batch": 4, "precision": precision,
+               "max_mismatch": base.train.max_mismatch.model_copy(update=loose)},
+        rollout={"max_thinking_tokens": 6}, lora={"rank": rank, "alpha": 8.0},
+        optim={"understanding_lr": 1e-2, "generation_lr": 1e-2})
+    imported = small_policy(config)
+    if precision == "bf16":
+        imported.model.to(torch.bfloat16)
+    save_checkpoint(tmp_path / "imported", imported.model, imported.tokenizer)
+
+    policy = rl_policy(tmp_path / "imported", config)
+    experts = trainable_experts(policy.model, config.train.experts)
+    if rank == 0:
+        policy.freeze_reference([name for parameters in experts.values() for name in parameters])
+    trained = {name for parameters in experts.values() for name in parameters}
+    policy.model.train()
+    train(policy, rl_optimizer(experts, config.optim), lambda step: small_prompts(4), brightness, config, draw=draw,
+          log=lambda *_: None, save=lambda step: None)
+    policy.model.eval()
+    save_policy(tmp_path / "trained", policy)
+
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("imported", "trained"))
+    assert list(before) == list(after)
+    for name, value in before.items():
+        if rank or name not in trained:
+            assert value.dtype == after[name].dtype
+            assert torch.equal(value, after[name]), name
+    assert rank or any(not torch.equal(before[name], after[name]) for name in trained)
+    if rank:
+        assert (tmp_path / "imported" / "model.safetensors").read_bytes() == (
+            tmp_path / "trained" / "model.safetensors").read_bytes()
+
+    wanted, texts = pictures(UnifiedPipeline(policy, system_prompt=config.rollout.system_prompt))
+    got, read = pictures(UnifiedPipeline.from_pretrained(tmp_path / "trained", system_prompt=config.rollout.system_prompt))
+    again, _ = pictures(UnifiedPipeline(load_policy(tmp_path / "trained", config), system_prompt=config.rollout.system_prompt))
+    first, _ = pictures(UnifiedPipeline.from_pretrained(tmp_path / "imported", system_prompt=config.rollout.system_prompt))
+    assert texts == read
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, got, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(wanted, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(wanted, first, strict=True))
+
+
+def test_a_checkpoint_with_adapters_is_not_adapted_again(tmp_path):
+    config = small_config(lora={"rank": 4})
+    policy = small_policy(config)
+    add_lora(policy.model, rank=4, alpha=8.0, targets=("mlp",), experts=("generation",))
+    save_policy(tmp_path, policy)
+    with pytest.raises(ValueError, match="adapters already"):
+        rl_policy(tmp_path, config)

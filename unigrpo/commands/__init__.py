@@ -1,0 +1,1 @@
+"""The larger commands of `unigrpo`, one module each: add_parser(commands) and run(args)."""

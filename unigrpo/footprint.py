@@ -1,0 +1,197 @@
+"""What lies in a GPU's memory during RL, part by part, and the nearest settings where it does not fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unigrpo.adapters import MATRICES
+from unigrpo.config import Config
+from unigrpo.models.mot import MoTConfig
+from unigrpo.roofline import Gpu, cache_bytes, layer_parameters
+
+USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own and lost between allocations
+LOGIT_COPIES = 3  # float32: logits, their log-softmax, the gradient
+SAVED_WIDTHS, SAVED_INNER = 14, 4  # kept of a layer for its backward: norms, q, k, v, attention, residuals | the MLP's inner
+ADAPTER_RANK = 64  # of the adapters that are proposed (algorithm of the public BAGEL runs with LoRA)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model: all, of the trained experts' layers, of the largest layer, of the autoencoder (float32)."""
+
+    total: int
+    trained: int
+    layer: int
+    autoencoder: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run on some GPUs: what decides its memory. thinking and prompt: tokens."""
+
+    config: Config
+    model: MoTConfig
+    sizes: Sizes
+    gpus: int
+    prompt: int
+    thinking: int
+
+    @property
+    def rows(self) -> int:
+        """Rollouts of a step on one GPU."""
+        return -(-self.config.rollout.prompts_per_step * self.config.rollout.group_size // self.gpus)
+
+    @property
+    def context(self) -> int:
+        """Cached tokens of one rollout while its image is drawn."""
+        return self.prompt + self.thinking + 2 + self.model.grid[0] * self.model.grid[1] + 2
+
+    @property
+    def batch(self) -> int:
+        """Rollouts sampled side by side on one GPU: all, or equal turns of what the token budget lets in."""
+        budget = self.config.rollout.token_budget
+        limit = self.rows if budget is None else max(1, min(self.rows, budget // self.context))
+        turns = -(-self.rows // limit)
+        return -(-self.rows // turns)
+
+
+def adapter_count(config: Config, model: MoTConfig) -> int:
+    """Parameters of the adapters: rank * (in + out) for every wrapped matrix."""
+    width, inner, kv = model.hidden_size, model.intermediate_size, model.num_key_value_heads * model.head_dim
+    outputs = {"q_proj": (width, width), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (width, width),
+               "gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
+    matrices = [name for target in config.lora.targets for name in MATRICES[target][1]]
+    layer = sum(sum(outputs[name]) for name in matrices) * config.lora.rank
+    return layer * model.num_hidden_layers * len(config.train.experts)
+
+
+def memory(case: Case) -> dict[str, float]:
+    """Part -> bytes on each GPU. What belongs to parameters is sharded over the GPUs, what belongs to rows is not."""
+    config, model, sizes = case.config, case.model, case.sizes
+    item = 2 if config.train.precision == "bf16" else 4
+    adapters = config.lora.rank > 0
+    trained = adapter_count(config, model) if adapters else sizes.trained
+    separate = config.train.precision == "bf16" and not adapters  # masters beside the weights
+    parts = {
+        "weights": item * sizes.total + (4.0 * trained if adapters else 0.0),
+        "gradients (fp32)": 4.0 * trained,
+        "optimizer (two moments, fp32)": 8.0 * trained,
+        "masters (fp32)": 4.0 * trained if separate else 0.0,
+        "reference": 0.0 if adapters else float(item * trained),
+    }
+    parts = {name: value / case.gpus for name, value in parts.items()}
+    if case.gpus > 1:
+        parts["gathered layers (two)"] = 2.0 * item * sizes.layer
+    parts["autoencoder"] = 4.0 * sizes.autoencoder
+
+    window = config.rollout.window
+    blocks = window.size if window.kind != "all" else window.range[1] - window.range[0]
+    image = model.grid[0] * model.grid[1]
+    text, micro = case.prompt + case.thinking + 1, min(config.train.micro_batch, case.rows)
+    tokens = text + blocks * (image + 2)
+    layer = (SAVED_WIDTHS * model.hidden_size + SAVED_INNER * model.intermediate_size) * item
+    kept = model.hidden_size * item * model.num_hidden_layers + layer if config.train.activation_checkpointing \
+        else layer * model.num_hidden_layers
+    guided = 2 if config.rollout.guidance_scale > 1 else 1
+    if case.gpus > 1:  # gathering every layer for every token would leave the GPUs waiting
+        parts["whole weights for sampling"] = float(item * sizes.total)
+    return parts | {
+        "trajectories": case.rows * (4.0 * blocks + 1) * image * model.token_channels * 4,
+        "caches of a rollout": float(case.batch * case.context * cache_bytes(model, item) * guided),
+        "activations of a micro-batch": float(micro * tokens * kept),
+        "attention mask": float(micro * tokens * tokens),
+        "logits": float(micro * case.thinking * model.vocab_size * 4 * LOGIT_COPIES),
+    }
+
+
+SAMPLING = ("caches of a rollout", "whole weights for sampling")
+UPDATING = ("activations of a micro-batch", "attention mask", "logits")
+
+
+def peak(parts: dict[str, float]) -> float:
+    """Bytes at the worse of two moments: sampling holds caches and whole weights, an update activations, mask and logits."""
+    always = sum(value for name, value in parts.items() if name not in SAMPLING + UPDATING)
+    return always + max(sum(parts.get(name, 0.0) for name in moment) for moment in (SAMPLING, UPDATING))
+
+
+def fits(case: Case, gpu: Gpu) -> bool:
+    """Whether the peak is inside the usable part of a GPU's memory."""
+    return peak(memory(case)) <= USABLE * gpu.memory
+
+
+def changed(case: Case, **values: Any) -> Case:
+    """The case with other settings: micro_batch, token_budget, checkpointing, precision, lora_rank, gpus."""
+    config = case.config
+    train = {key: values[name] for name, key in (("micro_batch", "micro_batch"), ("precision", "precision"),
+                                                 ("checkpointing", "activation_checkpointing")) if name in values}
+    update: dict[str, Any] = {"train": config.train.model_copy(update=train)}
+    if "token_budget" in values:
+        update["rollout"] = config.rollout.model_copy(update={"token_budget": values["token_budget"]})
+    if "lora_rank" in values:
+        update["lora"] = config.lora.model_copy(update={"rank": values["lora_rank"]})
+    return replace(case, config=config.model_copy(update=update), gpus=values.get("gpus", case.gpus))
+
+
+def alternatives(case: Case) -> dict[str, list[Any]]:
+    """Setting -> other values, nearest first."""
+    config = case.config
+    update = config.rollout.prompts_per_step // config.train.updates_per_rollout * config.rollout.group_size
+    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
+    out: dict[str, list[Any]] = {
+        "micro_batch": [n for n in range(config.train.micro_batch - 1, 0, -1) if update % n == 0],
+        "checkpointing": [] if config.train.activation_checkpointing else [True],
+        "token_budget": [case.context * n for n in (case.batch // 2, case.batch // 4, case.batch // 8, 1)
+                         if 0 < n < case.batch],
+        "precision": ["bf16"] if config.train.precision == "fp32" else [],
+        "gpus": [n for n in (2, 4, 8, 16, 32, 64) if n > case.gpus and rollouts % n == 0],
+        "lora_rank": [] if config.lora.rank else [ADAPTER_RANK],
+    }
+    return {name: values for name, values in out.items() if values}
+
+
+def nearest(case: Case, gpu: Gpu, *, wanted: int = 4) -> list[dict[str, Any]]:
+    """The fewest changes that fit, up to `wanted` of them: with one setting changed, or with two, three or four."""
+    options = alternatives(case)
+    for count in range(1, 5):
+        found = [fit for names in itertools.combinations(options, count)
+                 if (fit := next(_fitting(case, gpu, {name: options[name] for name in names}), None)) is not None]
+        if found:
+            return found[:wanted]
+    return []
+
+
+def _fitting(case: Case, gpu: Gpu, options: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Combinations of the options' values that fit, nearest values first."""
+    for combination in itertools.product(*options.values()):
+        values = dict(zip(options, combination, strict=True))
+        if fits(changed(case, **values), gpu):
+            yield values
+
+
+KEYS = {"micro_batch": "train.micro_batch", "checkpointing": "train.activation_checkpointing", "precision": "train.precision",
+        "token_budget": "rollout.token_budget", "lora_rank": "lora.rank", "gpus": "--gpus"}
+
+
+def refuse(case: Case, gpu: Gpu, name: str) -> str:
+    """Why a run does not fit, and what does: one line each."""
+    parts = memory(case)
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    lines = [f"{case.config.scale} needs {peak(parts) / 1e9:.0f} GB on each of {case.gpus} GPUs, and {name} has "
+             f"{USABLE * gpu.memory / 1e9:.0f} GB to use ({USABLE:.0%} of {gpu.memory / 1e9:.0f}); the largest parts: "
+             + ", ".join(f"{part} {value / 1e9:.1f} GB" for part, value in largest)]
+    found = nearest(case, gpu)
+    lines += ["the nearest settings that fit:" if found else "no combination of micro-batch, adapters, precision, token budget "
+              "and up to 64 GPUs fits; take a smaller image or a shorter thinking"]
+    for values in found:
+        needs = peak(memory(changed(case, **values))) / 1e9
+        lines.append("  " + ", ".join(f"{KEYS[key]} {str(value).lower()}" for key, value in values.items())
+                     + f"   ({needs:.0f} GB)")
+    return "\n".join(lines)
+
+
+def layer_sizes(model: MoTConfig) -> int:
+    """Parameters of one layer, both experts."""
+    return 2 * layer_parameters(model)
