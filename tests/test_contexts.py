@@ -252,6 +252,22 @@ def test_a_token_budget_bounds_the_cache(monkeypatch):
     assert 165 < max(chunks) <= 330
 
 
+def test_bfloat16_weights_keep_a_float32_trajectory():
+    """States, actions and log-probs are float32, and rollout and replay agree to the weights' precision."""
+    config = small_config(rollout={"max_thinking_tokens": 10})
+    policy = small_policy(config)
+    policy.model.to(torch.bfloat16)
+    rollouts = sample(policy, config, small_prompts(2), group_size=4)
+    text, image = rollouts.text, rollouts.image
+    for value in (text.rollout_log_probs, text.entropy, image.latents, image.next_latents, image.final_latents,
+                  image.rollout_log_probs, image.sigmas):
+        assert value.dtype == torch.float32
+    replay = policy.replay(rollouts)
+    assert replay.velocities.dtype == replay.text_log_probs.dtype == torch.float32
+    gap = (replay.text_log_probs - text.rollout_log_probs)[text.mask].abs()
+    assert gap.max() < 0.2
+
+
 # -------------------------------------------------------------------------------------------------- the system prompt
 
 

@@ -187,6 +187,28 @@ def grid_of_e2e(golden: Golden, data: dict[str, torch.Tensor]) -> tuple[int, int
     return rows // patch, columns // patch
 
 
+@needs("understanding")
+@torch.no_grad()
+def test_answers_about_images(golden):
+    """All images and prompts in one padded batch: positions, the prompt's logits, and greedy answers."""
+    data = golden.tensors("understanding")
+    first = (data["prompt_ids"] == golden.special["bos_token_id"]).nonzero()[:, 0].tolist()
+    prompts = data["prompt_ids"].tensor_split(first[1:])
+    images = [data[f"image.{i}"] for i in range(len(data["vit_seqlens"]))]
+    contexts = build_contexts(golden.model, golden.markers, [ImagePart(views=images)], guided=False)
+    answer = len(data["decode_tokens"]) - 1
+    context = take_rows(contexts.conditional, torch.arange(len(images)), max(map(len, prompts)) + answer + 1)
+    part = text_part(golden, [p[1:-1].tolist() for p in prompts])
+    states = extend_text(golden.model, context, part.tokens, part.lengths)
+    flat = torch.cat([row[:n] for row, n in zip(states, part.lengths, strict=True)])
+    torch.testing.assert_close(golden.model.logits(flat), data["prompt_logits"], **CLOSE)
+    text = think(golden.model, golden.tokens, context, torch.zeros(len(images), answer), greedy=True)
+    for row, expected in enumerate(data["decode_tokens"][1:].T):
+        count = int(text.lengths[row])                                # the official run was given no token to stop at
+        assert text.tokens[row, :count].tolist() == expected[:count].tolist()
+        assert count == answer or text.tokens[row, count - 1] == golden.special["eos_token_id"]
+
+
 PLANTED = {
     "thinking kept in the image-dropped context": lambda c: setattr(c, "image_dropped", c.conditional),
     "text-dropped context without the system segment": lambda c: setattr(c, "text_dropped", None),

@@ -13,10 +13,13 @@ from small import ROOT, small_config, small_policy
 
 from unigrpo.checkpoint import load_checkpoint, save_checkpoint, weights_digest
 from unigrpo.config import load_config
+from unigrpo.models.autoencoder import FLUX
+from unigrpo.models.mot import MoTConfig
 from unigrpo.prompts.examples import ImageExample, load_image, read_examples
 from unigrpo.seeding import generator
 from unigrpo.sft import supervised_optimizers
 from unigrpo.stages import base
+from unigrpo.stages.imported import autoencoder_differences, model_differences
 from unigrpo.stages.loading import compute_device
 from unigrpo.stages.sft import folder_batch, heldout_example_loss, split_examples
 
@@ -63,6 +66,19 @@ def test_another_model_than_params_describe_is_refused(released):
     with pytest.raises(ValueError, match=r"(?s)another model than .*smoke\.yaml.*model\.hidden_size is 64 in params and 32"
                                          r".*model\.rope_theta is 5\.0"):
         base.run("smoke", root=root)
+
+
+def test_the_7b_s_params_are_the_released_configs():
+    """What import-bagel makes of the released config files is what params/scales/bagel_7b.yaml describes."""
+    from unigrpo.models.official import released_configs, settings
+
+    config = load_config("bagel_7b", root=ROOT)
+    given = settings(*released_configs(MoTConfig(vocab_size=152_064, **config.model.model_dump()), "bfloat16"))
+    assert not model_differences(json.loads(json.dumps(given.to_dict(), default=str)), config)
+    flux = {**FLUX, "block_out_channels": list(FLUX["block_out_channels"])}
+    assert not autoencoder_differences(flux, config)
+    assert autoencoder_differences({**flux, "shift_factor": 0.0}, config) == [
+        "autoencoder.shift_factor is 0.1159 in params and 0.0 in autoencoder/config.json"]
 
 
 def test_a_missing_checkpoint_names_the_command(released):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import draw, small_config, small_policy, small_prompts
+from small import ROOT, draw, small_config, small_policy, small_prompts
 
 from unigrpo.adapters import add_lora
 from unigrpo.checkpoint import save_checkpoint
+from unigrpo.config import load_config
 from unigrpo.generate import UnifiedPipeline
+from unigrpo.interchange import export_release, import_release
+from unigrpo.models.autoencoder import Autoencoder
+from unigrpo.schema_model import VisionConfig
 from unigrpo.stages.loading import load_policy, save_policy
 from unigrpo.stages.train import rl_policy
 from unigrpo.train import train
@@ -83,3 +90,66 @@ def test_a_checkpoint_with_adapters_is_not_adapted_again(tmp_path):
     save_policy(tmp_path, policy)
     with pytest.raises(ValueError, match="adapters already"):
         rl_policy(tmp_path, config)
+
+
+def released_shape(tmp_path):
+    """A checkpoint that the official layout can hold: image encoder, autoencoder of four levels, velocity prediction."""
+    vision = VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14,
+                          image_size=980, num_channels=3, layer_norm_eps=1e-6)
+    config = small_config(
+        model={"latent_channels": 16, "latent_patch_size": 2, "latent_downsample": 8, "max_latent_size": 64, "vision": vision,
+               "prediction": "velocity", "rope_theta": 1e6},
+        train={"num_steps": 2, "micro_batch": 4}, rollout={"max_thinking_tokens": 6},
+        optim={"understanding_lr": 1e-2, "generation_lr": 1e-2})
+    section = load_config("bagel_7b", root=ROOT).autoencoder.model_copy(update={"block_out_channels": (32, 64, 128, 128)})
+    config = config.model_copy(update={"autoencoder": section})
+    imported = small_policy(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        imported.autoencoder = Autoencoder(section.model_dump(exclude={"posterior", "training"}) | {"sample_size": 1024})
+    save_policy(tmp_path / "made", imported)
+    return config
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_import_train_export_import(tmp_path, rank):
+    """The official layout and back: the trainer's picture for the same seed; frozen tensors byte for byte."""
+    config = released_shape(tmp_path)
+    config = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank, "alpha": 8.0})})
+    quiet = {"report": lambda line: None}
+    export_release(tmp_path / "made", tmp_path / "released", **quiet)
+    import_release(tmp_path / "released", tmp_path / "imported", **quiet)
+    path = tmp_path / "imported" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": [32, 32]}))  # as the base stage does
+
+    policy = rl_policy(tmp_path / "imported", config)
+    experts = trainable_experts(policy.model, config.train.experts)
+    if rank == 0:
+        policy.freeze_reference([name for parameters in experts.values() for name in parameters])
+    trained = {name for parameters in experts.values() for name in parameters}
+    policy.model.train()
+    train(policy, rl_optimizer(experts, config.optim), lambda step: small_prompts(4), brightness, config, draw=draw,
+          log=lambda *_: None, save=lambda step: None)
+    policy.model.eval()
+    save_policy(tmp_path / "trained", policy)
+    export_release(tmp_path / "trained", tmp_path / "exported", **quiet)
+    if rank:  # the released weights are unchanged; the adapters travel beside them
+        assert (tmp_path / "exported" / "adapter").is_dir()
+    import_release(tmp_path / "exported", tmp_path / "again", **quiet)
+    if rank:
+        shutil.copytree(tmp_path / "exported" / "adapter", tmp_path / "again" / "adapter", dirs_exist_ok=True)
+
+    first, last = (load_file(tmp_path / name / "ema.safetensors") for name in ("released", "exported"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(value, last[name]) for name, value in first.items() if rank or name not in trained)
+    assert (tmp_path / "released" / "ae.safetensors").read_bytes() == (tmp_path / "exported" / "ae.safetensors").read_bytes()
+
+    def drawn(pipe):
+        out = pipe("red circle", think=True, guidance_scale=2.0, num_inference_steps=4, seed=7, max_thinking_tokens=6,
+                   height=32, width=32)
+        return np.asarray(out.images[0])
+
+    prompt = config.rollout.system_prompt
+    wanted = drawn(UnifiedPipeline(policy, system_prompt=prompt))
+    assert np.array_equal(wanted, drawn(UnifiedPipeline.from_pretrained(tmp_path / "again", system_prompt=prompt)))
+    assert not np.array_equal(wanted, drawn(UnifiedPipeline.from_pretrained(tmp_path / "imported", system_prompt=prompt)))

@@ -167,7 +167,7 @@ LEVELS = {0: {"types", "config", "schema", "schema_model", "seeding", "digests",
           1: {"tensorfiles", "policy", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint", "adapters", "masters",
-              "roofline", "footprint", "sampling", "images"},
+              "roofline", "footprint", "sampling", "images", "interchange"},
           4: {"progress", "resume", "tracking", "stages.*", "plan", "generate"},
           5: {"experiment", "closure", "commands", "cli", "__main__"}}
 
