@@ -60,7 +60,7 @@ def random_policy(config: Config, *, vocabulary_size: int, device: torch.device,
     policy.special = replace(policy.special, eos=-1)                         # an id that is never drawn
     add_lora(model, rank=config.lora.rank or 64, alpha=config.lora.alpha, targets=config.lora.targets,
              experts=config.train.experts, seed=0)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     return policy
 
 

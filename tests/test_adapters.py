@@ -309,7 +309,7 @@ def test_activation_checkpointing_changes_no_gradient():
         policy = small_policy(config)
         policy.model.train()
         if checkpointing:
-            policy.model.gradient_checkpointing_enable()
+            policy.model.activation_checkpointing_enable()
         rollouts = sample(policy, config, small_prompts(2), group_size=2)
         replay = policy.replay(rollouts)
         (replay.velocities.square().mean() + replay.text_log_probs.mean()).backward()

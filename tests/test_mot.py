@@ -44,7 +44,6 @@ def count_runs(model: MoTModel) -> list[str]:
     return runs
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_checkpointing_changes_no_gradient():
     """Every layer of the decoder and of the tower runs twice in training, once otherwise, and no bit of a gradient moves."""
     model = seeing_model().train()
@@ -53,7 +52,7 @@ def test_checkpointing_changes_no_gradient():
     gradients(model)
     layers = len(runs)
     assert layers == model.config.num_hidden_layers + model.config.vision["num_hidden_layers"]
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     runs.clear()
     recomputed = gradients(model)
     assert len(runs) == 2 * layers

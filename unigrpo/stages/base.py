@@ -88,7 +88,7 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
     """Supervised training that resumes, logs and saves; shared by base and sft."""
     policy.model.train()
     if settings.activation_checkpointing:
-        policy.model.gradient_checkpointing_enable()
+        policy.model.activation_checkpointing_enable()
     optimizers = supervised_optimizers(policy.model, settings)
     start = 0
     if (found := load_training_state(stage.folder)) is not None:

@@ -53,7 +53,7 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
         stage.begin("", config.train.num_steps, start)
         policy.model.train()
         if config.train.activation_checkpointing:
-            policy.model.gradient_checkpointing_enable()
+            policy.model.activation_checkpointing_enable()
         train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, config), config,
               draw=partial(generator, config.seed), log=partial(record, stage, policy, probes),
               save=partial(save, stage, policy, optimizer), start_step=start)
