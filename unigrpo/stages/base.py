@@ -111,7 +111,7 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
 
     train_supervised(policy, optimizers, batches, settings, log=log, save=save, start_step=start)
     if settings.activation_checkpointing:
-        policy.model.gradient_checkpointing_disable()
+        policy.model.activation_checkpointing_disable()
     policy.model.eval()
 
 
