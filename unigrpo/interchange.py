@@ -220,7 +220,8 @@ def model_card(checkpoint: Path, config: MoTConfig, source: Mapping[str, Any], *
         f"A BAGEL Mixture-of-Transformers model (arXiv 2505.14683): {parameters:,} parameters in {len(tensors):,} tensors, in "
         "the layout of the official release.", "", "## Base model", "",
         f"`{source.get('repository', BASE_MODEL)}`{revision}.", "", "## Training", "", how, "", "## Use", "",
-        "`unigrpo import-bagel` reads this folder; its files have the names and keys that the official code loads.", "", "## Licence", "",
+        "`unigrpo import-bagel` reads this folder; its files have the names and keys that the official code loads.", "",
+        "## Licence", "",
         "The released BAGEL-7B-MoT weights are under Apache 2.0; its language model derives from Qwen2.5, its vision tower "
         "from SigLIP and its autoencoder from FLUX.1-schnell, all Apache 2.0. The licence of data it was trained on further "
         "is the trainer's to state."]
