@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.mot import MoTConfig, MoTModel
+from unigrpo.tensorfiles import DTYPES, METADATA, TensorFiles, raise_problems, shape_problems
 
-METADATA = {"format": "pt"}  # one key at most: with several, safetensors' bytes depend on the process
+CONFIG_EXTRAS = ("model_type", "transformers_version", "architectures", "dtype", "tie_word_embeddings")
 
 
 def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write config.json, model.safetensors and the tokenizer's files."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
+    write_config(folder, model.config)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", metadata=METADATA)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"  # a reloaded tokenizer remembers where it came from; its bytes must not
@@ -37,49 +37,48 @@ def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenize
     path.write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
 
 
+def write_config(folder: Path, config: MoTConfig) -> None:
+    """Write a model's config.json."""
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1, sort_keys=True, default=str) + "\n")
+
+
+def read_config(folder: Path) -> MoTConfig:
+    """Read a checkpoint folder's config.json. Raises ValueError if there is none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"a checkpoint folder must hold config.json, and {folder} does not; rerun the stage that makes it")
+    return MoTConfig(**{k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in CONFIG_EXTRAS})
+
+
 def load_checkpoint(folder: Path, *, device: torch.device | str = "cpu",
                     dtype: torch.dtype | None = None) -> tuple[MoTModel, PreTrainedTokenizerBase]:
     """Read a checkpoint folder; the model is built on the meta device and its tensors are assigned.
 
+    On the CPU and as stored, tensors are maps of the file: its pages are read on first use and held once a node, however many
+    processes load it. Towards another device or type tensors are read one by one, so a process holds its result and one
+    tensor, and nothing stays mapped.
+
     Args:
         device: where the weights go. dtype: of the weights; as stored by default.
-    Raises: ValueError naming a missing file, and every missing, extra or misshapen tensor.
+    Raises: ValueError naming a missing file or shard, and every missing, extra or misshapen tensor.
     """
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ValueError(f"a checkpoint folder must hold {name}, and {folder} does not; rerun the stage that makes it")
-    config = MoTConfig(**{k: v for k, v in json.loads((folder / "config.json").read_text()).items()
-                          if k not in ("model_type", "transformers_version", "architectures", "dtype",
-                                       "tie_word_embeddings")})
+    files = TensorFiles.find(folder, "model.safetensors")
     with torch.device("meta"):
-        model = MoTModel(config)
+        model = MoTModel(read_config(folder))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(read_tensors(folder / "model.safetensors", shapes), assign=True)
-    model.latent_pos_embed.requires_grad_(False)
-    model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    raise_problems(f"{folder / 'model.safetensors'} does not fit its config.json",
+                   shape_problems(shapes, {name: entry.shape for name, entry in files.entries.items()}))
+    as_stored = torch.device(device).type == "cpu" and all(
+        dtype in (None, DTYPES[entry.dtype]) for entry in files.entries.values())
+    model.load_state_dict(files.mapped() if as_stored else files.converted(device, dtype), assign=True)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def load_autoencoder(folder: Path) -> Autoencoder | None:
     """The autoencoder of a checkpoint folder, or None where it has none."""
     return Autoencoder.from_folder(folder / "autoencoder") if (folder / "autoencoder").is_dir() else None
-
-
-def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must be exactly those of `shapes`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a readable safetensors file: {error}; rerun the stage that makes it") from error
-    problems = [f"missing tensor {name} {shape}" for name, shape in shapes.items() if name not in found]
-    problems += [f"extra tensor {name} {shape}" for name, shape in found.items() if name not in shapes]
-    problems += [f"tensor {name} must have shape {shape}, got {found[name]}" for name, shape in shapes.items()
-                 if name in found and found[name] != shape]
-    if problems:
-        more = f"\n- and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ValueError(f"{path} does not fit its config.json:\n- " + "\n- ".join(problems[:10]) + more)
-    return load_file(path)
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:

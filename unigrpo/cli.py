@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from unigrpo.commands import generate
+from unigrpo.commands import export, generate, import_bagel
 
 
 def project_root() -> Path:
@@ -126,6 +126,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--readme", action="store_true", help="rewrite the README's table and picture")
     report.set_defaults(function=report_command)
     generate.add_parser(commands)
+    import_bagel.add_parser(commands)
+    export.add_parser(commands)
     return top
 
 

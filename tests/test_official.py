@@ -1,0 +1,428 @@
+"""The official BAGEL layout: its table, import and export byte for byte, planted defects, the memory that it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from official import AE_CHANNELS, MARKERS, write_release, write_shards, write_tokenizer
+from safetensors.torch import load_file, save_file
+
+from unigrpo.checkpoint import load_autoencoder, load_checkpoint, save_checkpoint
+from unigrpo.cli import main
+from unigrpo.digests import sha256_path
+from unigrpo.interchange import export_release, import_release
+from unigrpo.models.bagel import SpecialTokens, causal_mask
+from unigrpo.models.mot import MoTConfig, MoTModel
+from unigrpo.models.official import autoencoder_shapes, model_shapes, settings
+from unigrpo.tensorfiles import TensorFiles, write_tensors
+
+RELEASED_LLM = {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+RELEASED_VIT = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+                "patch_size": 14, "image_size": 980}
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(x.dtype == b[k].dtype and x.shape == b[k].shape and torch.equal(
+        x.contiguous().flatten().view(torch.uint8), b[k].contiguous().flatten().view(torch.uint8)) for k, x in a.items())
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    return write_release(tmp_path_factory.mktemp("release") / "BAGEL")
+
+
+@pytest.fixture(scope="module")
+def imported(release, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imported") / "checkpoint"
+    import_release(release, folder, report=quiet)
+    return folder
+
+
+def linked(folder: Path, target: Path) -> Path:
+    """A copy whose files may be replaced, not written into."""
+    return Path(shutil.copytree(folder, target, copy_function=os.link))
+
+
+def replace(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_the_released_model_has_its_tensors_and_parameters():
+    """Counts of the official classes; the model class, on the meta device, agrees in every key and shape."""
+    config = settings(RELEASED_LLM, RELEASED_VIT)
+    shapes = model_shapes(config)
+    assert len(shapes) == 1223
+    assert sum(map(prod, shapes.values())) == 14_607_260_128
+    assert config.vision["num_hidden_layers"] == 26
+    assert (config.max_latent_size, config.vit_max_patches, config.tie_word_embeddings) == (64, 70, False)
+    with torch.device("meta"):
+        model = MoTModel(config)
+    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == shapes
+    vae = autoencoder_shapes()
+    assert len(vae) == 244
+    assert sum(map(prod, vae.values())) == 83_819_683
+
+
+@pytest.mark.parametrize(("name", "key", "value", "message"), [
+    ("llm", "hidden_act", "gelu", "llm_config.json: hidden_act must be 'silu', got 'gelu'"),
+    ("llm", "num_attention_heads", 5, "llm_config.json: num_attention_heads=5 must divide hidden_size=3584"),
+    ("llm", "num_key_value_heads", 3, "num_key_value_heads=3 must divide num_attention_heads=28"),
+    ("vit", "num_hidden_layers", 1, "vit_config.json: num_hidden_layers must be at least 2"),
+    ("vit", "hidden_size", None, "vit_config.json lacks hidden_size"),
+])
+def test_configs_of_other_models_are_refused(name, key, value, message):
+    configs = {"llm": dict(RELEASED_LLM), "vit": dict(RELEASED_VIT)}
+    configs[name][key] = value
+    if value is None:
+        del configs[name][key]
+    with pytest.raises(ValueError, match=message):
+        settings(configs["llm"], configs["vit"])
+
+
+def test_the_streaming_writer_writes_what_safetensors_writes(tmp_path):
+    tensors = {"b": torch.randn(3, 4), "a": torch.randn(5).bfloat16(), "c": torch.randn(2, 2).half(), "z": torch.tensor(7),
+               "é": torch.randn(1, 3), "n": torch.zeros(0, 4), "t": torch.tensor([True, False]), "i": torch.arange(3).int()}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    files = TensorFiles.find(tmp_path, "theirs")
+    write_tensors(tmp_path / "ours", {n: (e.dtype, e.shape) for n, e in files.entries.items()}, files.read)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert same_bytes(load_file(tmp_path / "ours"), tensors)
+    with pytest.raises(ValueError, match="tensor b must be"):
+        write_tensors(tmp_path / "bad", {"b": ("F32", (3, 4))}, lambda name: torch.zeros(4, 3))
+
+
+def test_import_keeps_every_byte(release, imported):
+    assert same_bytes(load_file(imported / "model.safetensors"), load_file(release / "ema.safetensors"))
+    assert len(load_file(imported / "model.safetensors")) == 1223
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        assert (imported / name).read_bytes() == (release / name).read_bytes()
+    record = json.loads((imported / "source.json").read_text())
+    assert record["sha256"]["ema.safetensors"] == sha256_path(release / "ema.safetensors")
+    assert str(release) not in (imported / "source.json").read_text()
+
+
+def test_an_imported_checkpoint_runs(imported):
+    model, tokenizer = load_checkpoint(imported)
+    special = SpecialTokens.of(tokenizer)
+    assert (special.pad, special.bos, special.eos) == (257, 258, 259)  # by name: llm_config.json says 256 and 258
+    assert len(model.vit_model.vision_model.encoder.layers) == 26
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("pos_embed"))
+    ids = tokenizer(["a red circle"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == "a red circle"
+    autoencoder = load_autoencoder(imported)
+    with torch.no_grad():
+        hidden, _ = model(model.embed_text(ids), torch.arange(ids.shape[1])[None],
+                          causal_mask(torch.tensor([ids.shape[1]]), ids.shape[1]))
+        assert model.logits(hidden).isfinite().all()
+        (image,) = model.embed_image([torch.zeros(3, 28, 42)])
+        assert image.shape == (6, 32)
+        assert image.isfinite().all()
+        assert autoencoder.decode(torch.zeros(1, 16, 2, 2)).shape == (1, 3, 16, 16)
+    widened, _ = load_checkpoint(imported, dtype=torch.float32)
+    assert all(torch.equal(p, model.state_dict()[n].float()) for n, p in widened.state_dict().items())
+
+
+def test_sharded_and_single_give_the_same_folder(release, imported, tmp_path):
+    sharded = linked(release, tmp_path / "sharded")
+    write_shards(sharded, load_file(release / "ema.safetensors"), 3)
+    (sharded / "ema.safetensors").unlink()
+    import_release(sharded, tmp_path / "checkpoint", report=quiet)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "autoencoder/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "checkpoint" / name).read_bytes() == (imported / name).read_bytes(), name
+    # A checkpoint folder itself may be sharded too.
+    folder = linked(imported, tmp_path / "shards")
+    write_shards(folder, load_file(imported / "model.safetensors"), 3, stem="model")
+    (folder / "model.safetensors").unlink()
+    model, _ = load_checkpoint(folder)
+    assert same_bytes(dict(model.state_dict()), load_file(imported / "model.safetensors"))
+
+
+def test_an_index_beside_the_single_file_is_not_used(release, imported, tmp_path):
+    """The released repository has one, and it names shards that are not there."""
+    folder = linked(release, tmp_path / "release")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    import_release(folder, tmp_path / "checkpoint", report=quiet)
+    assert (tmp_path / "checkpoint" / "source.json").read_bytes() == (imported / "source.json").read_bytes()
+
+
+def test_import_is_idempotent_and_never_overwrites_something_else(release, imported, tmp_path):
+    output = tmp_path / "checkpoint"
+    (tmp_path / ".checkpoint.partial").mkdir()                        # a run that was killed
+    (tmp_path / ".checkpoint.partial" / "model.safetensors").write_bytes(b"half")
+    import_release(release, output, report=quiet)
+    files = sorted(p.relative_to(output) for p in output.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(imported) for p in imported.rglob("*") if p.is_file())
+    assert all((output / name).read_bytes() == (imported / name).read_bytes() for name in files)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    lines: list[str] = []
+    import_release(release, output, report=lines.append)
+    assert lines[-1].endswith("holds this import already")
+    (output / "source.json").write_text("{}")
+    with pytest.raises(ValueError, match="exists and is not an import of these files"):
+        import_release(release, output, report=quiet)
+
+
+def test_export_gives_the_released_bytes(release, imported, tmp_path):
+    assert main(["export", str(imported), str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    for name in ("ema.safetensors", "ae.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        assert (out / name).read_bytes() == (release / name).read_bytes(), name
+    for name in ("llm_config.json", "vit_config.json"):
+        given, written = json.loads((release / name).read_text()), json.loads((out / name).read_text())
+        assert given.items() <= written.items()
+    card = (out / "README.md").read_text()
+    assert "base_model: ByteDance-Seed/BAGEL-7B-MoT" in card
+    assert "1,223 tensors" in card
+    assert "apache-2.0" in card
+    import_release(out, tmp_path / "again", report=quiet)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (imported / name).read_bytes()
+    assert main(["export", str(imported), str(out)]) == 2                # never overwrites
+
+
+@pytest.fixture
+def trained(release, tmp_path):
+    """What a training leaves: no source.json, adapters beside the weights, metrics beside the checkpoint."""
+    import_release(release, tmp_path / "imported", report=quiet)
+    model, tokenizer = load_checkpoint(tmp_path / "imported")
+    folder = tmp_path / "tiny" / "unigrpo" / "0" / "checkpoint"
+    save_checkpoint(folder, model, tokenizer)
+    load_autoencoder(tmp_path / "imported").save(folder / "autoencoder")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "lora_dropout": 0.0, "rank_pattern": {}}))
+    adapter = {}
+    for i in range(28):
+        for name, outputs in (("q", 32), ("k", 16), ("v", 16), ("o", 32)):
+            place = f"base_model.model.language_model.model.layers.{i}.self_attn.{name}_proj_moe_gen"
+            adapter[f"{place}.lora_A.weight"], adapter[f"{place}.lora_B.weight"] = torch.randn(2, 32), torch.randn(outputs, 2)
+    save_file(adapter, folder / "adapter" / "adapter_model.safetensors")
+    (folder.parent / "metrics.json").write_text(json.dumps({"bench/geneval": 0.5}))
+    return folder
+
+
+def test_export_of_a_trained_checkpoint(release, trained, tmp_path):
+    export_release(trained, tmp_path / "out", report=quiet)
+    assert same_bytes(load_file(tmp_path / "out" / "ema.safetensors"), load_file(release / "ema.safetensors"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / "adapter" / name).read_bytes() == (trained / "adapter" / name).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| `bench/geneval` | 0.5 |" in card
+    assert "rank 2" in card
+    assert "tiny unigrpo 0" in card
+    import_release(tmp_path / "out", tmp_path / "again", report=quiet)
+    before, after = load_checkpoint(trained)[1], load_checkpoint(tmp_path / "again")[1]
+    assert before("a red circle")["input_ids"] == after("a red circle")["input_ids"]
+
+
+def test_merged_adapters_are_their_product(trained, tmp_path):
+    export_release(trained, tmp_path / "out", merge=True, report=quiet)
+    weights, merged = load_file(trained / "model.safetensors"), load_file(tmp_path / "out" / "ema.safetensors")
+    adapter = load_file(trained / "adapter" / "adapter_model.safetensors")
+    changed = {name for name in weights if not torch.equal(weights[name], merged[name])}
+    assert changed == {n.removeprefix("base_model.model.").replace(".lora_A", "") for n in adapter if ".lora_A" in n}
+    assert len(changed) == 28 * 4
+    name = "language_model.model.layers.3.self_attn.q_proj_moe_gen"
+    down, up = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    assert torch.equal(merged[f"{name}.weight"], (weights[f"{name}.weight"].float() + 2.0 * up @ down).bfloat16())
+    assert not (tmp_path / "out" / "adapter").exists()
+    shutil.rmtree(trained / "adapter")
+    with pytest.raises(ValueError, match="has no adapter/ folder"):
+        export_release(trained, tmp_path / "none", merge=True, report=quiet)
+
+
+def test_models_of_another_layout_are_not_exported(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_file({}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MoTConfig(prediction="clean").to_dict(), default=str))
+    with pytest.raises(ValueError, match=r"prediction must be 'velocity', got 'clean'\n- vision must be set"):
+        export_release(tmp_path / "model", tmp_path / "out")
+
+
+def change_tensors(change):
+    """A defect that rewrites ema.safetensors."""
+    def plant(folder: Path) -> None:
+        tensors = load_file(folder / "ema.safetensors")
+        change(tensors)
+        (folder / "ema.safetensors").unlink()
+        save_file(tensors, folder / "ema.safetensors", metadata={"format": "pt"})
+
+    return plant
+
+
+def change_config(name: str, **values):
+    """A defect in a config file."""
+    def plant(folder: Path) -> None:
+        replace(folder / name, json.dumps(json.loads((folder / name).read_text()) | values).encode())
+
+    return plant
+
+
+def truncate(folder: Path) -> None:
+    replace(folder / "ema.safetensors", (folder / "ema.safetensors").read_bytes()[:-10])
+
+
+def lose_a_marker(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    write_tokenizer(folder, MARKERS[:-1])
+
+
+def lose_a_shard(folder: Path) -> None:
+    write_shards(folder, load_file(folder / "ema.safetensors"), 3)
+    (folder / "ema.safetensors").unlink()
+    (folder / "ema-00002-of-00003.safetensors").unlink()
+
+
+def widen_the_autoencoder(folder: Path) -> None:
+    tensors = load_file(folder / "ae.safetensors")
+    tensors["decoder.up.0.block.2.conv1.weight"] = torch.zeros(AE_CHANNELS, AE_CHANNELS, 1, 1)
+    (folder / "ae.safetensors").unlink()
+    save_file(tensors, folder / "ae.safetensors")
+
+
+Q = "language_model.model.layers.27.self_attn.q_proj_moe_gen.weight"
+DEFECTS = {
+    "missing tensor": (change_tensors(lambda t: t.pop(Q)), rf"missing tensor {Q} \(32, 32\)"),
+    "extra tensor": (change_tensors(lambda t: t.update({"ema.decay": torch.zeros(1).bfloat16()})),
+                     r"extra tensor ema\.decay \(1,\)"),
+    "wrong shape": (change_tensors(lambda t: t.update({Q: t[Q][:16].contiguous()})),
+                    rf"tensor {Q} must have shape \(32, 32\), got \(16, 32\)"),
+    "wrong type": (change_tensors(lambda t: t.update({Q: t[Q].float()})), rf"tensor {Q} must be of type BF16 .* got F32"),
+    "not finite": (change_tensors(lambda t: t[Q][3].fill_(torch.nan)), rf"tensor {Q} has numbers that are not finite"),
+    "truncated file": (truncate, r"ema\.safetensors must be a readable safetensors file"),
+    "layers as built": (change_config("vit_config.json", num_hidden_layers=26),
+                        r"one fewer is built: 25\)[\s\S]*extra tensor vit_model\.vision_model\.encoder\.layers\.25\."),
+    "heads": (change_config("llm_config.json", num_attention_heads=8),
+              r"does not fit llm_config\.json[\s\S]*q_norm\.weight must have shape \(4,\), got \(8,\)"),
+    "tokenizer without a marker": (lose_a_marker, r"marker <\|vision_end\|> is missing"),
+    "vocabulary too small": (change_config("llm_config.json", vocab_size=260),
+                             r"embed_tokens\.weight must have shape \(260, 32\)"),
+    "no autoencoder": (lambda folder: (folder / "ae.safetensors").unlink(), r"missing file ae\.safetensors"),
+    "autoencoder's shape": (widen_the_autoencoder, r"decoder\.up\.0\.block\.2\.conv1\.weight must have shape \(32, 32, 3, 3\)"),
+    "missing shard": (lose_a_shard, r"names the shard ema-00002-of-00003\.safetensors, which is missing"),
+    "config is no JSON": (lambda folder: replace(folder / "vit_config.json", b"{"), r"vit_config\.json must be JSON"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_planted_defects_are_refused_by_name(release, tmp_path, defect):
+    plant, message = DEFECTS[defect]
+    folder = linked(release, tmp_path / "release")
+    plant(folder)
+    with pytest.raises(ValueError, match=message):
+        import_release(folder, tmp_path / "checkpoint", report=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["release"]  # nothing half-written stays
+
+
+def test_command_checks_digests_and_names_sources(release, tmp_path, capsys, monkeypatch):
+    output, name = tmp_path / "checkpoint", "ema.safetensors"
+    right = sha256_path(release / name)
+    command = ["import-bagel", str(release), "--output", str(output)]
+    assert main([*command, "--sha256", f"{name}={'0' * 64}"]) == 2
+    assert f"{name} must have sha256 {'0' * 64}, got {right}" in capsys.readouterr().err
+    assert main([*command, "--sha256", f"{name}=12"]) == 2
+    assert main([*command, "--sha256", f"other.bin={right}"]) == 2
+    assert "other.bin" in capsys.readouterr().err
+    assert not output.exists()
+    digests = tmp_path / "digests"
+    digests.write_text(f"{right}  {name}\n")
+    assert main([*command, "--digests", str(digests)]) == 0
+    assert "copied" in capsys.readouterr().out
+    assert main(["import-bagel", "no such folder"]) == 2
+    assert "must be a folder, or a hub repository" in capsys.readouterr().err
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert main(["import-bagel", "ByteDance-Seed/BAGEL-7B-MoT"]) == 2
+    assert "download it on a machine with a network" in capsys.readouterr().err
+
+
+def test_a_repository_is_fetched_and_recorded(release, tmp_path, capsys, monkeypatch):
+    snapshot = linked(release, tmp_path / "0123abc")
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda source, revision, allow_patterns: str(snapshot))
+    monkeypatch.chdir(tmp_path)
+    assert main(["import-bagel", "ByteDance-Seed/BAGEL-7B-MoT"]) == 0
+    record = json.loads((tmp_path / "checkpoints" / "BAGEL-7B-MoT" / "source.json").read_text())
+    assert (record["repository"], record["revision"]) == ("ByteDance-Seed/BAGEL-7B-MoT", "0123abc")
+
+
+MEASURE = """
+import os, resource, sys
+from pathlib import Path
+import torch
+import diffusers.models.autoencoders.autoencoder_kl, transformers.models.siglip.modeling_siglip, tokenizers
+from unigrpo.checkpoint import load_checkpoint
+from unigrpo.interchange import import_release
+torch.set_num_threads(1)
+source, output = Path(sys.argv[1]), Path(sys.argv[2])
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+for what in ("import", "load", "convert"):
+    if os.fork() == 0:                       # each starts at the same memory, the imported libraries'
+        before = peak()
+        if what == "import":
+            import_release(source, output, report=lambda line: None)
+        else:
+            model, _ = load_checkpoint(output, dtype={"load": None, "convert": torch.float32}[what])
+            total = sum(float(p.detach().sum()) for p in model.parameters())   # every page is touched
+        print(what, peak() - before, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def measure(tmp_path: Path, vocab_size: int, layers: int, width: int) -> dict[str, float]:
+    """Host memory that an import and loads add to a fresh process at their peak, mapped pages of files included.
+
+    Returns: peaks over the bytes that bound them: the checkpoint's, or what it becomes in float32.
+    """
+    llm = {"num_hidden_layers": layers, "hidden_size": width, "vocab_size": vocab_size, "intermediate_size": 4 * width,
+           "num_attention_heads": width // 64}
+    source, out = write_release(tmp_path / "release", llm=llm), tmp_path / "checkpoint"
+    size = (source / "ema.safetensors").stat().st_size
+    ran = subprocess.run([sys.executable, "-c", MEASURE, str(source), str(out)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    peaks = {line.split()[0]: int(line.split()[1]) for line in ran.stdout.splitlines()}
+    ratios = {"import": peaks["import"] / size, "load": peaks["load"] / size, "convert": peaks["convert"] / (2 * size),
+              "gigabytes": size / 1e9}
+    print({name: round(value, 3) for name, value in ratios.items()})
+    return ratios
+
+
+def test_memory_of_import_and_load(tmp_path):
+    ratios = measure(tmp_path, vocab_size=10000, layers=6, width=640)
+    assert ratios["gigabytes"] > 0.15
+    assert ratios["import"] < 1.0           # one tensor at a time, and the autoencoder
+    assert ratios["load"] < 1.3
+    assert ratios["convert"] < 1.3
+
+
+@pytest.mark.slow
+def test_memory_of_two_gigabytes(tmp_path):
+    ratios = measure(tmp_path, vocab_size=32000, layers=20, width=1280)
+    assert ratios["gigabytes"] > 1.9
+    assert ratios["import"] < 0.3
+    assert ratios["load"] < 1.1
+    assert ratios["convert"] < 1.1
