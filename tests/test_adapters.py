@@ -30,7 +30,7 @@ BOTH = ("understanding", "generation")
 
 def adapted_policy(config, *, rank=4, experts=BOTH, targets=("attention", "mlp"), seed=0):
     policy = small_policy(config)
-    add_lora(policy.model, rank=rank, alpha=8.0, targets=targets, experts=experts, seed=seed)
+    add_lora(policy.model, rank=rank, alpha=8, targets=targets, experts=experts, seed=seed)
     return policy
 
 
@@ -137,7 +137,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path):
     config = small_config()
     policy = adapted_policy(config)
     with pytest.raises(ValueError, match="adapters already"):
-        add_lora(policy.model, rank=2, alpha=1.0, targets=("mlp",), experts=BOTH)
+        add_lora(policy.model, rank=2, alpha=1, targets=("mlp",), experts=BOTH)
     with pytest.raises(ValueError, match=r"must hold adapter_config\.json"):
         load_adapter(small_policy(config).model, tmp_path)
     save_adapter(tmp_path, policy.model)

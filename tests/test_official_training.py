@@ -86,7 +86,7 @@ def test_two_steps_then_the_same_images_from_the_folder(tmp_path, rank, precisio
 def test_a_checkpoint_with_adapters_is_not_adapted_again(tmp_path):
     config = small_config(lora={"rank": 4})
     policy = small_policy(config)
-    add_lora(policy.model, rank=4, alpha=8.0, targets=("mlp",), experts=("generation",))
+    add_lora(policy.model, rank=4, alpha=8, targets=("mlp",), experts=("generation",))
     save_policy(tmp_path, policy)
     with pytest.raises(ValueError, match="adapters already"):
         rl_policy(tmp_path, config)

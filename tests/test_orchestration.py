@@ -163,11 +163,11 @@ def test_no_out_is_left_out_of_the_cache():
 
 # -------------------------------------------------------------------------------------------------------------- imports
 
-LEVELS = {0: {"types", "config", "schema", "schema_model", "seeding", "digests", "stages"},  # `unigrpo.stages` itself holds names only
+LEVELS = {0: {"types", "config", "schema", "schema_model", "seeding", "digests", "stages"},  # `unigrpo.stages` holds names only
           1: {"tensorfiles", "policy", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
-          3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint", "adapters", "masters",
-              "roofline", "footprint", "sampling", "images", "interchange"},
+          3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
+              "adapters", "masters", "roofline", "footprint", "sampling", "images", "interchange"},
           4: {"progress", "resume", "tracking", "stages.*", "plan", "generate"},
           5: {"experiment", "closure", "commands", "cli", "__main__"}}
 

@@ -44,7 +44,7 @@ def adapter_pattern(experts: Sequence[str], targets: Sequence[str]) -> str:
     return rf"language_model\.model\.layers\.\d+\.({'|'.join(places)})"
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str], experts: Sequence[str],
+def add_lora(model: nn.Module, *, rank: int, alpha: int, targets: Sequence[str], experts: Sequence[str],
              seed: int = 0) -> None:
     """Put adapters on a model, in place; they alone require a gradient afterwards.
 
@@ -188,7 +188,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if values.get("peft_type") != "LORA" or values.get("lora_dropout"):
         raise ValueError(f"{folder / CONFIG_FILE} must describe LoRA without dropout, got peft_type="
                          f"{values.get('peft_type')} and lora_dropout={values.get('lora_dropout')}")
-    _inject(model, LoraConfig.from_pretrained(folder))
+    _inject(model, LoraConfig.from_pretrained(str(folder)))
     tensors = {key.removeprefix(PREFIX).replace(".lora_A.", f".lora_A.{NAME}.").replace(".lora_B.", f".lora_B.{NAME}."): value
                for key, value in load_file(folder / WEIGHTS_FILE).items()}
     copy_tensors(adapter_parameters(model), tensors, str(folder / WEIGHTS_FILE))

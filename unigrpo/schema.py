@@ -205,7 +205,7 @@ class LoraSection(Section):
     """Low-rank adapters on the matrices of the trained experts, in RL; rank 0 trains the weights themselves."""
 
     rank: Count
-    alpha: float = Field(gt=0)
+    alpha: Positive
     dropout: Share
     targets: tuple[Literal["attention", "mlp"], ...] = Field(min_length=1)
     lr_scale: float = Field(gt=0)
