@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import re
 
 import pytest
 import torch
@@ -462,8 +463,10 @@ def test_bfloat16(golden):
     same_band(decoded, stored["bf16_as_released.text.decode_logits"], text["decode_logits"])
     assert torch.equal(decoded.argmax(dim=-1)[:-1], text["decode_tokens"][1:])
     seen = 0
-    for key in [k.removeprefix("bf16_as_released.velocity.") for k in stored if ".velocity." in k]:
-        (scenario, index), t = key.split(".")[:2], float(key.split(".t")[-1].removesuffix(".v_cond"))
+    for match in (re.fullmatch(r"bf16_as_released\.velocity\.((\w+)\.(\d+)\.t([\d.]+)\.v_cond)", k) for k in stored):
+        if match is None:
+            continue
+        key, scenario, index, t = match[1], match[2], match[3], float(match[4])
         row = editing_row(golden, data, int(index), t)
         if scenario != "edit":
             segments = [lists["prompts"][int(index)]]

@@ -123,7 +123,9 @@ def compare_cache(golden: Golden, contexts: Contexts, prefix: str, data: dict[st
     for layer in range(golden.model.config.num_hidden_layers):
         for name, caches in (("key", contexts.conditional.keys), ("value", contexts.conditional.values)):
             if (key := f"{prefix}.cond_{name}_cache.{layer}") in data:
-                torch.testing.assert_close(caches[layer][0].transpose(0, 1)[order], data[key], **CLOSE)
+                rows = [cache.transpose(0, 1)[order][mask[order]] for cache, mask in
+                        zip(caches[layer], contexts.conditional.mask, strict=True)]
+                torch.testing.assert_close(torch.cat(rows), data[key], **CLOSE)
 
 
 def stored_guidance(key: str, scales: torch.Tensor, info: dict, contexts: Contexts) -> Guidance:
