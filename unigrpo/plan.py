@@ -132,7 +132,7 @@ def show(config: Config, plan: Plan) -> str:
         lines += [f"seconds on this machine, {config.compute.threads} threads (from one step of each, fresh weights)"]
         lines += [f"  {name:<34}{duration(value):>18}" for name, value in plan.seconds.items()]
     else:
-        lines += [f"no time estimate: the probe runs models of up to {PROBE_LIMIT:,} parameters here"]
+        lines += [f"no time estimate: without --no-probe, models of up to {PROBE_LIMIT:,} parameters are timed here"]
     return "\n".join(lines)
 
 
