@@ -32,6 +32,8 @@ class Golden:
         self.model = MoTModel(MoTConfig(
             **{k: llm[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                    "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta")},
+            latent_channels=self.config["vae_config"]["z_channels"],
+            latent_downsample=self.config["vae_config"]["downsample"],
             max_latent_size=bagel["max_latent_size"], latent_patch_size=bagel["latent_patch_size"],
             timestep_shift=bagel["timestep_shift"], vit_max_patches=bagel["vit_max_num_patch_per_side"],
             vision={k: self.config["vit_config"][k] for k in VISION})).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ import torch
 from PIL import Image
 from small import small_config, small_policy
 
+from unigrpo.adapters import add_lora
 from unigrpo.checkpoint import save_checkpoint
 from unigrpo.cli import main
+from unigrpo.contexts import build_contexts, take_rows
 from unigrpo.generate import UnifiedPipeline
 from unigrpo.images import SizeRule, rgb, to_image, to_pixels
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import word_tokenizer
-from unigrpo.models.mot import MoTConfig, MoTModel
+from unigrpo.models.mot import MoTConfig, MoTModel, patchify
 from unigrpo.stages.loading import save_policy
 
 PROMPTS = ["one red circle", "two blue squares"]
@@ -126,6 +129,72 @@ def test_editing_sees_the_image_and_takes_its_size(reader):
     mixed = reader(["make it blue", "red"], [picture(), picture(16, 32)], num_images_per_prompt=2, **quick)
     assert [i.size for i in mixed.images] == [(24, 16)] * 2 + [(16, 32)] * 2
     assert abs(arrays(mixed.images[:1]) - arrays(wide.images)).max() <= 1
+
+
+def test_an_edit_reads_the_mean_or_a_sample_keyed_by_seed(reader):
+    """Samples differ from the mean and between seeds, and an image drawn alone reads the same sample as in a batch."""
+    quick = {"num_inference_steps": 3, "think": False}
+    mean = arrays(reader("make it blue", picture(), **quick).images)
+    both = arrays(reader("make it blue", picture(), posterior="sample", num_images_per_prompt=2, seed=0, **quick).images)
+    assert abs(both[0] - mean[0]).max() > 2
+    alone = arrays(reader("make it blue", picture(), posterior="sample", seed=1, **quick).images)
+    assert abs(both[1] - alone[0]).max() <= 1
+    read = [reader._parts("make it blue", picture(), False, seed=seed)[0].latents for seed in (None, 0, 0, 1)]
+    assert torch.equal(read[1], read[2])
+    assert not torch.equal(read[1], read[3])
+    assert torch.equal(read[0], reader._parts("make it blue", picture(), False)[0].latents)
+    with pytest.raises(ValueError, match="unknown posterior 'mode'; choose one of mean, sample"):
+        reader("red", picture(), posterior="mode", **quick)
+
+
+def test_a_sample_of_the_posterior_has_its_mean_and_spread(reader):
+    """Over many seeds, latents are the posterior's: mean and standard deviation as the encoder gives them, scaled."""
+    image, vae = picture(), reader.policy.autoencoder
+    with torch.no_grad():
+        posterior = vae.vae.encode(to_pixels(image)[None]).latent_dist
+        drawn = torch.stack([reader._parts("red", image, False, seed=seed)[0].latents[0] for seed in range(400)])
+    scale = vae.config["scaling_factor"]
+    std = patchify(scale * posterior.std, reader.model.config.latent_patch_size)[0]
+    mean = patchify(scale * (posterior.mean - vae.config["shift_factor"]), reader.model.config.latent_patch_size)[0]
+    assert ((drawn.mean(0) - mean) / std * 20).abs().max() < 5                                 # 5 standard errors
+    torch.testing.assert_close(drawn.std(0) / std, torch.ones_like(std), atol=0.2, rtol=0)
+
+
+def test_a_budget_bounds_all_that_is_cached(reader, monkeypatch):
+    """Contexts as they were read and every image's copy of them, with guidance by text and image, thinking and room."""
+    cached = []
+
+    def read(*args, **kwargs):
+        contexts = build_contexts(*args, **kwargs)
+        cached.append([contexts.columns() * len(contexts.conditional.mask)])
+        return contexts
+
+    def copied(*args, **kwargs):
+        context = take_rows(*args, **kwargs)
+        cached[-1].append(context.mask.numel())
+        return context
+
+    monkeypatch.setattr("unigrpo.generate.build_contexts", read)
+    monkeypatch.setattr("unigrpo.generate.take_rows", copied)
+    quick = {"num_inference_steps": 1, "max_thinking_tokens": 4, "num_images_per_prompt": 3}
+    for posterior in ("mean", "sample"):
+        cached.clear()
+        reader(["make it blue", "red"], picture(), token_budget=900, posterior=posterior, **quick)
+        sums = [sum(chunk) for chunk in cached]
+        assert len(sums) > 1
+        assert 450 < max(sums) <= 900, sums
+    cached.clear()
+    reader("red", picture(), token_budget=1, **quick)
+    assert len(cached) == 3                                                                    # never less than one image
+
+
+def test_the_official_prompts_are_read_for_drawing_and_for_answering(reader, tmp_path):
+    file = tmp_path / "inferencer.py"
+    file.write_text("GEN_THINK_SYSTEM_PROMPT = 'plan first'\nVLM_THINK_SYSTEM_PROMPT = 'first plan'\n")
+    assert UnifiedPipeline(reader.policy, system_prompt=f"@{file}").system_prompt == "plan first"
+    asked = [reader.understand("what is it", picture(), system_prompt=prompt, max_tokens=12)
+             for prompt in (f"@{file}", "first plan")]
+    assert asked[0] == asked[1]
 
 
 def test_understanding_depends_on_the_image(reader):
@@ -243,13 +312,58 @@ def test_command_edits_and_answers(reader, tmp_path, capsys):
     assert main(command(checkpoint, tmp_path / "answer", "--prompt", "what is it", "--image", str(image), "--understand",
                         "--max-thinking-tokens", "6")) == 0
     assert "answer" in json.loads((tmp_path / "answer" / "00000.json").read_text())
+    assert main(command(checkpoint, tmp_path / "sampled", "--prompt", "make it blue", "--image", str(image), "--posterior",
+                        "sample")) == 0
+    assert (tmp_path / "sampled" / "00000-0.png").read_bytes() != (tmp_path / "edit" / "00000-0.png").read_bytes()
+
+
+def test_a_batch_bounds_the_images_at_a_time(folder, tmp_path, monkeypatch):
+    """Five images of one prompt two at a time are the five of one call, and the prompt is finished with the last."""
+    sizes, call = [], UnifiedPipeline.__call__
+
+    def spied(self, prompt, *args, **kwargs):
+        sizes.append(len(prompt) * kwargs["num_images_per_prompt"])
+        return call(self, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(UnifiedPipeline, "__call__", spied)
+    more = ["--prompt", PROMPTS[0], "--num-images", "5", "--seed", "3"]
+    assert main(command(folder, tmp_path / "few", *more, "--batch", "2")) == 0
+    assert sizes == [2, 2, 1]
+    assert main(command(folder, tmp_path / "all", *more, "--batch", "5")) == 0
+    records = [json.loads((tmp_path / name / "00000.json").read_text())["images"] for name in ("few", "all")]
+    assert records[0] == records[1]
+    assert [image["seed"] for image in records[0]] == [3, 4, 5, 6, 7]
+    for image in records[0]:
+        few, whole = (arrays([Image.open(tmp_path / name / image["file"])]) for name in ("few", "all"))
+        assert abs(few - whole).max() <= 1
+
+
+def test_another_adapter_is_another_run(tmp_path, capsys):
+    """The weights beside an adapter keep their bytes: the run is known by every file of the checkpoint."""
+    policy = small_policy(small_config())
+    add_lora(policy.model, rank=2, alpha=2, targets=("mlp",), experts=("generation",))
+    save_policy(tmp_path / "checkpoint", policy)
+    arguments = command(tmp_path / "checkpoint", tmp_path / "out", "--prompt", PROMPTS[0])
+    assert main(arguments) == 0
+    path = tmp_path / "checkpoint" / "adapter" / "adapter_model.safetensors"
+    os.utime(path, ns=(1, 1))
+    assert main(arguments) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_file_is_begun_again(folder, tmp_path):
+    (tmp_path / "generate.partial").write_text("{")
+    assert main(command(folder, tmp_path, "--prompt", PROMPTS[0])) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000-0.png", "00000.json", "generate.json"]
 
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--prompt", "one red teapot"], "teapot"), ([], "give a prompt"), (["--prompts", "nowhere.txt"], "must be a file"),
     (["--prompt", PROMPTS[0], "--image", "nowhere.png"], "readable image"),
     (["--prompt", PROMPTS[0], "--understand"], "give --image"), (["--prompt", PROMPTS[0], "--height", "30"], "nearest is 32"),
-    (["--prompt", PROMPTS[0], "--think"], "system_prompt"), (["--prompt", PROMPTS[0], "--num-images", "0"], "at least 1")])
+    (["--prompt", PROMPTS[0], "--think"], "system_prompt"),
+    (["--prompt", PROMPTS[0], "--system-prompt", "plan"], "no effect without --think"),
+    (["--prompt", PROMPTS[0], "--num-images", "0"], "at least 1")])
 def test_command_errors(folder, tmp_path, capsys, more, message):
     assert main(command(folder, tmp_path / "out", *more)) == 2
     assert message in capsys.readouterr().err

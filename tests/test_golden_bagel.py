@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import re
 
 import pytest
 import torch
@@ -66,6 +67,12 @@ def test_text_decode_with_cache(golden):
         token = logits.argmax(dim=-1)
 
 
+def stored_levels(data: dict[str, torch.Tensor], prefix: str) -> list[str]:
+    """Noise levels at which a scenario's conditional velocity is stored, as its names spell them."""
+    return [key[len(prefix) + 2:-len(".v_cond")] for key in data
+            if key.startswith(f"{prefix}.t") and key.endswith(".v_cond")]
+
+
 def context_of(golden: Golden, segments: list[list[int]], room: int):
     ids = [token for ids in segments for token in golden.segment(ids)]
     return prefill(golden.model, torch.tensor([ids], dtype=torch.int64), torch.tensor([len(ids)]), room=room)
@@ -106,22 +113,25 @@ def test_velocities(golden):
 @needs("velocity")
 @torch.no_grad()
 def test_velocities_batched(golden):
-    """All prompts in one padded batch equal the stored batch-of-one velocities."""
+    """All prompts, with and without thinking, in one padded batch equal the stored batch-of-one velocities."""
     data = golden.tensors("velocity")
     lists = golden.manifest["velocity.safetensors"]["token_lists"]
-    rows = [torch.tensor(functools.reduce(operator.iadd, (golden.segment(s) for s in (lists["system"], p, lists["think"])), []))
-            for p in lists["prompts"]] + [torch.tensor(golden.segment(lists["prompts"][0]))]
+    found = {f"{scenario}.{i}": [lists["system"], prompt, lists["think"]] if scenario == "t2i_think" else [prompt]
+             for scenario in ("t2i_think", "t2i") for i, prompt in enumerate(lists["prompts"])
+             if f"{scenario}.{i}.noise" in data}
+    rows = [torch.tensor(functools.reduce(operator.iadd, map(golden.segment, segments), [])) for segments in found.values()]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(r) for r in rows])
-    noise = torch.stack([data[f"t2i_think.{i}.noise"] for i in range(len(lists["prompts"]))] + [data["t2i.0.noise"]])
-    places = data["t2i_think.0.latent_position_ids"]
-    side = golden.model.config.max_latent_size
-    grid = (int(places.max()) // side + 1, int(places.max()) % side + 1)
+    noise = torch.stack([data[f"{prefix}.noise"] for prefix in found])
+    grids = {image_grid(data[f"{prefix}.latent_position_ids"], golden.model.config.max_latent_size) for prefix in found}
+    assert len(found) >= 2
+    assert len(grids) == 1
     context = prefill(golden.model, tokens, lengths, room=noise.shape[1] + 2)
-    for t in (1.0, 0.9, 0.5, 0.1):
-        out = image_velocity(golden.model, golden.markers, context, noise, torch.tensor(t), grid=grid)
-        expected = [data[f"t2i_think.{i}.t{t}.v_cond"] for i in range(len(lists["prompts"]))] + [data[f"t2i.0.t{t}.v_cond"]]
-        torch.testing.assert_close(out, torch.stack(expected), **CLOSE)
+    levels = set.intersection(*(set(stored_levels(data, prefix)) for prefix in found))
+    assert levels
+    for t in levels:
+        out = image_velocity(golden.model, golden.markers, context, noise, torch.tensor(float(t)), grid=next(iter(grids)))
+        torch.testing.assert_close(out, torch.stack([data[f"{prefix}.t{t}.v_cond"] for prefix in found]), **CLOSE)
 
 
 @needs("trajectory", "velocity")
@@ -242,7 +252,8 @@ def test_packed_blocks_equal_single_blocks(golden):
     noise = data["t2i_think.0.noise"]
     last = int(data["t2i_think.0.latent_position_ids"].max())
     grid = (last // side + 1, last % side + 1)
-    levels = torch.tensor([[1.0, 0.9, 0.5, 0.1]])
+    stored = stored_levels(data, "t2i_think.0")
+    levels = torch.tensor([[float(t) for t in stored]])
     blocks, tokens = levels.shape[1], len(noise)
     latents = noise.expand(1, blocks, -1, -1)
     und = model.embed_text(torch.cat([torch.tensor([ids]), golden.markers.repeat(blocks)[None]], dim=1))
@@ -251,7 +262,7 @@ def test_packed_blocks_equal_single_blocks(golden):
     _, out = model(und, positions, packed_mask(torch.tensor([len(ids)]), len(ids), blocks, tokens), gen,
                    torch.full((1, blocks * tokens), len(ids)))
     velocity = model.velocity(out.view(1, blocks, tokens, -1), latents, levels)
-    for block, t in enumerate((1.0, 0.9, 0.5, 0.1)):
+    for block, t in enumerate(stored):
         torch.testing.assert_close(velocity[0, block], data[f"t2i_think.0.t{t}.v_cond"], **CLOSE)
 
 
@@ -377,8 +388,9 @@ def compare_packed_training(golden: Golden, name: str) -> None:
 @torch.no_grad()
 def test_editing_velocities_packed(golden):
     """The packed forward of an edit gives what the official sampler computes on cached contexts, all levels in a batch."""
-    data, levels = golden.tensors("velocity"), (1.0, 0.9, 0.5, 0.1)
-    rows = [editing_row(golden, data, 0, t) for t in levels]
+    data = golden.tensors("velocity")
+    levels = stored_levels(data, "edit.0")
+    rows = [editing_row(golden, data, 0, float(t)) for t in levels]
     batch = pack(rows, golden.tokens, golden.model.config)
     _, velocity = packed_forward(golden.model, batch)
     for row, t in enumerate(levels):
@@ -451,8 +463,10 @@ def test_bfloat16(golden):
     same_band(decoded, stored["bf16_as_released.text.decode_logits"], text["decode_logits"])
     assert torch.equal(decoded.argmax(dim=-1)[:-1], text["decode_tokens"][1:])
     seen = 0
-    for key in [k.removeprefix("bf16_as_released.velocity.") for k in stored if ".velocity." in k]:
-        (scenario, index), t = key.split(".")[:2], float(key.split(".t")[-1].removesuffix(".v_cond"))
+    for match in (re.fullmatch(r"bf16_as_released\.velocity\.((\w+)\.(\d+)\.t([\d.]+)\.v_cond)", k) for k in stored):
+        if match is None:
+            continue
+        key, scenario, index, t = match[1], match[2], match[3], float(match[4])
         row = editing_row(golden, data, int(index), t)
         if scenario != "edit":
             segments = [lists["prompts"][int(index)]]

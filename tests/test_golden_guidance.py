@@ -8,6 +8,7 @@ sample, and the batch's other norms, which are per token, directly.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,15 +39,15 @@ def scenario_contexts(golden: Golden, scenario: str, index: str | None) -> tuple
     lists = golden.manifest["velocity.safetensors"]["token_lists"]
     prompts = lists["prompts"] if index is None else [lists["prompts"][int(index)]]
     rows, parts = len(prompts), []
-    thinking = scenario == "t2i_think"
+    thinking = scenario.startswith("t2i_think")
     if thinking:
         parts.append(text_part(golden, [lists["system"]] * rows))
-    if scenario == "edit":
+    if scenario.startswith("edit"):
         data = golden.tensors("velocity")
         latent = data["edit.cond_latent"]
         patch = golden.model.config.latent_patch_size
-        parts.append(ImagePart(patchify(latent, patch), (latent.shape[2] // patch, latent.shape[3] // patch),
-                               [data["edit.cond_vit_image"]]))
+        parts.append(ImagePart(patchify(latent, patch).expand(rows, -1, -1),
+                               (latent.shape[2] // patch, latent.shape[3] // patch), [data["edit.cond_vit_image"]] * rows))
     contexts = build_contexts(golden.model, golden.markers, [*parts, text_part(golden, prompts)], thinking=thinking)
     room = golden.model.config.max_latent_size**2 + 2
     every = torch.arange(rows)
@@ -122,7 +123,17 @@ def compare_cache(golden: Golden, contexts: Contexts, prefix: str, data: dict[st
     for layer in range(golden.model.config.num_hidden_layers):
         for name, caches in (("key", contexts.conditional.keys), ("value", contexts.conditional.values)):
             if (key := f"{prefix}.cond_{name}_cache.{layer}") in data:
-                torch.testing.assert_close(caches[layer][0].transpose(0, 1)[order], data[key], **CLOSE)
+                rows = [cache.transpose(0, 1)[order][mask[order]] for cache, mask in
+                        zip(caches[layer], contexts.conditional.mask, strict=True)]
+                torch.testing.assert_close(torch.cat(rows), data[key], **CLOSE)
+
+
+def stored_guidance(key: str, scales: torch.Tensor, info: dict, contexts: Contexts) -> Guidance:
+    """The guidance of a stored trajectory: its renorm by name, its scales as stored, its interval in words."""
+    low = float(re.search(r"cfg_interval \(([\d.]+), ?1(?:\.0)?\]", info[key]["how"])[1])
+    text, image = scales.max(dim=0).values.tolist()
+    renorm = key.split(".cfg_")[1].removesuffix(".x")
+    return Guidance(contexts.text_dropped, text, renorm, (low, 1.0), contexts.image_dropped, image)
 
 
 @needs("trajectory", "velocity")
@@ -143,10 +154,7 @@ def test_every_trajectory(golden):
             sigmas = sigma_schedule(int(points[1:]) - 1, 3.0)
             guidance = None
             if mode != "nocfg":
-                low = float(re.search(r"cfg_interval \(([\d.]+), ?1(?:\.0)?\]", info[key]["how"])[1])
-                text, image = scales.max(dim=0).values.tolist()
-                guidance = Guidance(contexts.text_dropped, text, mode.removeprefix("cfg_"), (low, 1.0),
-                                    contexts.image_dropped, image)
+                guidance = stored_guidance(key, scales, info, contexts)
                 assert [guidance.active(s) for s in sigmas[:-1]] == (scales[:, 0] > 1).tolist()
             trace: list[torch.Tensor] = []
             final = denoise(golden.model, golden.markers, contexts.conditional, states[0], sigmas, guidance=guidance,
@@ -220,15 +228,18 @@ PLANTED = {
 @pytest.mark.parametrize("mistake", PLANTED)
 @torch.no_grad()
 def test_a_planted_mistake_is_caught(golden, mistake):
-    data = golden.tensors("trajectory")
-    states = data["t2i_think.0.n6.cfg_channel.x"][:, None]
+    data, info = golden.tensors("trajectory"), golden.manifest["trajectory.safetensors"]["tensors"]
+    key = next(k for k in data if re.fullmatch(r"t2i_think\.0\.n\d+\.cfg_channel\.x", k))
+    states, scales = data[key][:, None], data[f"{key[:-2]}.cfg_scales"]
     contexts, _ = scenario_contexts(golden, "t2i_think", "0")
+    guidance = stored_guidance(key, scales, info, contexts)
     if PLANTED[mistake] is not None:
         PLANTED[mistake](contexts)
-    text_dropped = contexts.text_dropped or golden.model.empty_context(1, states.shape[2] + 2)
-    interval = (0.0, 1.0) if mistake == "guidance on every step" else (0.7, 1.0)
-    guidance = Guidance(text_dropped, 4.0, "channel", interval, contexts.image_dropped, 1.5)
+    empty = golden.model.empty_context(1, states.shape[2] + 2)
+    interval = (0.0, 1.0) if mistake == "guidance on every step" else guidance.interval
+    guidance = replace(guidance, context=contexts.text_dropped or empty, image_context=contexts.image_dropped,
+                       interval=interval)
     grid = grid_of(golden, golden.tensors("velocity")["t2i_think.0.latent_position_ids"])
-    final = denoise(golden.model, golden.markers, contexts.conditional, states[0], sigma_schedule(5, 3.0), guidance=guidance,
-                    grid=grid).final_latents
+    final = denoise(golden.model, golden.markers, contexts.conditional, states[0], sigma_schedule(len(states) - 1, 3.0),
+                    guidance=guidance, grid=grid).final_latents
     assert (final - states[-1]).abs().max() > 100 * CLOSE["atol"]

@@ -225,8 +225,21 @@ def test_export_of_a_trained_checkpoint(release, trained, tmp_path):
     assert "rank 2" in card
     assert "tiny unigrpo 0" in card
     import_release(tmp_path / "out", tmp_path / "again", report=quiet)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / "adapter" / name).read_bytes() == (trained / "adapter" / name).read_bytes()
     before, after = load_checkpoint(trained)[1], load_checkpoint(tmp_path / "again")[1]
     assert before("a red circle")["input_ids"] == after("a red circle")["input_ids"]
+
+
+def test_adapters_that_do_not_fit_are_not_imported(trained, tmp_path):
+    export_release(trained, tmp_path / "out", report=quiet)
+    path = tmp_path / "out" / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.nowhere.lora_A.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match=r"does not fit the checkpoint[\s\S]*extra tensor base_model\.model\.nowhere"):
+        import_release(tmp_path / "out", tmp_path / "again", report=quiet)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"must hold adapter_model\.safetensors"):
+        import_release(tmp_path / "out", tmp_path / "again", report=quiet)
 
 
 def test_merged_adapters_are_their_product(trained, tmp_path):
@@ -343,6 +356,8 @@ def test_command_checks_digests_and_names_sources(release, tmp_path, capsys, mon
     digests.write_text(f"{right}  {name}\n")
     assert main([*command, "--digests", str(digests)]) == 0
     assert "copied" in capsys.readouterr().out
+    assert main([*command, "--revision", "abc"]) == 2
+    assert "leave it out" in capsys.readouterr().err
     assert main(["import-bagel", "no such folder"]) == 2
     assert "must be a folder, or a hub repository" in capsys.readouterr().err
     import huggingface_hub

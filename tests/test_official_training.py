@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -136,8 +135,7 @@ def test_import_train_export_import(tmp_path, rank):
     if rank:  # the released weights are unchanged; the adapters travel beside them
         assert (tmp_path / "exported" / "adapter").is_dir()
     import_release(tmp_path / "exported", tmp_path / "again", **quiet)
-    if rank:
-        shutil.copytree(tmp_path / "exported" / "adapter", tmp_path / "again" / "adapter", dirs_exist_ok=True)
+    assert (tmp_path / "again" / "adapter").is_dir() == bool(rank)
 
     first, last = (load_file(tmp_path / name / "ema.safetensors") for name in ("released", "exported"))
     assert first.keys() == last.keys()

@@ -79,6 +79,36 @@ def test_memory_by_hand():
     assert lora["weights"] == pytest.approx(29.2e9 + 4 * count, rel=0.001)
 
 
+def test_a_plan_counts_what_adapters_train():
+    config = bagel(lora={"rank": 64})
+    counts = make_plan(config, vocabulary=152_064, probe=False).counts
+    assert counts["parameters trained by RL"] == 56 * 64 * (2 * 7168 + 2 * 4096 + 3 * (3584 + 18944))
+
+
+def test_moments_of_the_peak_by_hand():
+    """Sampling holds caches and a layer's activations of all rows, an update those of a micro-batch; sft its whole batch."""
+    plan = plan_of(bagel(), thinking=1022)  # 64 + 1022 + 2 + 4096 + 2 = 5186 columns, so 50 rollouts in a budget of 262,144
+    memory = plan.memory                    # 96 rollouts a GPU: two turns of 48
+    assert memory["caches of a rollout"] == 48 * 5186 * 57_344
+    assert memory["activations of denoising"] == 48 * (4098 * (8 * 3584 + 3 * 18944) * 2 + 5186 * 2 * 3584 * 2)
+    assert memory["decoding images"] == 4 * 1024**2 * 4 * 3 * 256  # four images, three tensors of 256 channels
+    assert memory["logits"] == 1022 * 152_064 * 4 * 5
+    sampling = memory["caches of a rollout"] + memory["activations of denoising"] + memory["whole weights for sampling"]
+    moments = ("caches of a rollout", "activations of denoising", "whole weights for sampling", "decoding images",
+               "activations of a micro-batch", "attention mask", "logits")
+    assert plan.peak == sampling + sum(value for name, value in memory.items() if name not in moments)
+
+
+def test_the_plan_says_whether_sft_fits():
+    """On one GPU RL with adapters fits; the warm-up, which trains every weight in float32, does not: 16 bytes of 14.6B."""
+    lora = plan_of(bagel(lora={"rank": 64}), gpus=1)
+    assert lora.warmup > 16 * 14.5e9
+    assert "which does not fit: lower sft.texts_per_step" in show_gpu(lora)
+    many = plan_of(bagel(), gpus=32)
+    assert many.warmup < many.usable
+    assert "which does not fit" not in show_gpu(many)
+
+
 def test_adapters_are_counted_as_peft_makes_them():
     from unigrpo.adapters import adapter_parameters, add_lora
     from unigrpo.footprint import adapter_count
@@ -115,7 +145,8 @@ def test_what_cannot_fit_is_refused_with_what_does():
                                          r".*nearest settings that fit:.*lora\.rank 64.*GB") as refused:
         plan_of(bagel(), gpu="a100-80", gpus=1)
     assert "--gpus" in str(refused.value)
-    plan_of(bagel(lora={"rank": 64}), gpu="a100-80", gpus=1)
+    assert "rollout.token_budget" in str(refused.value)
+    plan_of(bagel(lora={"rank": 64}, rollout={"token_budget": 65_536}), gpu="a100-80", gpus=1)
     with pytest.raises(ValueError, match=r"(?s)nearest settings that fit:.*train\.micro_batch"):
         plan_of(bagel(lora={"rank": 64}, train={"micro_batch": 32}), gpus=1)
     with pytest.raises(ValueError, match=r"(?s)nearest settings that fit:.*rollout\.token_budget \d+"):
@@ -127,6 +158,8 @@ def test_bad_requests_name_the_choices():
         plan_of(bagel(), gpus=7)
     with pytest.raises(ValueError, match=r"--gpu must be one of \['a100-80', 'h100', 'h200'\], got 'v100'"):
         plan_of(bagel(), gpu="v100")
+    with pytest.raises(ValueError, match=r"--gpus=0 must divide"):
+        plan_run("bagel_7b", "unigrpo", ROOT, gpus=0)
     with pytest.raises(ValueError, match=r"--thinking=9999 must lie in \[0,"):
         plan_run("bagel_7b", "unigrpo", ROOT, thinking=9999)
 

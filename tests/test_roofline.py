@@ -109,4 +109,6 @@ def test_phases_of_a_step_by_hand():
     updates = training_phases(config, BAGEL, loads)
     assert updates["updates"][0].flops == 4 * updates["old log-probs"][0].flops
     assert updates["updates"][1] == updates["reference"][1] == 32
-    assert evaluation_work(config, BAGEL, loads)["denoising"][1] == -(-553 * 4 // 8) * (4 * 49 + 3 * 90)
+    evaluation = evaluation_work(config, BAGEL, loads)  # 32 side by side (evaluate.batch), whatever the rollouts take
+    assert evaluation["denoising"] == (image_forward(BAGEL, 166, 32), 70 * (4 * 49 + 3 * 90))
+    assert evaluation["thinking"][1] == (70 + 18) * 100  # 2212 images, and one greedy thinking for each of 553 prompts

@@ -1,4 +1,4 @@
-"""What lies in a GPU's memory during RL, part by part, and the nearest settings where it does not fit."""
+"""What lies in a GPU's memory during RL, part by part, and the nearest settings where it does not fit; of sft the sum."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from typing import Any
 from unigrpo.adapters import MATRICES
 from unigrpo.config import Config
 from unigrpo.models.mot import MoTConfig
-from unigrpo.roofline import Gpu, cache_bytes, layer_parameters
+from unigrpo.rollout import DECODED_PIXELS
+from unigrpo.roofline import Gpu, cache_bytes, layer_parameters, window_steps
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own and lost between allocations
-LOGIT_COPIES = 3  # float32: logits, their log-softmax, the gradient
+LOGIT_COPIES = 5  # float32: logits, their log-softmax (kept for the backward pass), and three while the entropy is taken
+TARGET_COPIES = 3  # float32, of supervised targets: logits, their log-softmax, the gradient
 SAVED_WIDTHS, SAVED_INNER = 14, 4  # kept of a layer for its backward: norms, q, k, v, attention, residuals | the MLP's inner
+ALIVE_WIDTHS, ALIVE_INNER = 8, 3  # at once in a layer without gradient: the same, one by one | gate, up, product
+ALIVE_PIXELS = 3  # full-resolution tensors at once in the autoencoder's last level, as wide as its input
 ADAPTER_RANK = 64  # of the adapters that are proposed (algorithm of the public BAGEL runs with LoRA)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model: all, of the trained experts' layers, of the largest layer, of the autoencoder (float32)."""
+    """Parameters of a model: all, all but the frozen tables, of the experts that RL trains, of the largest layer, of the
+    autoencoder (float32)."""
 
     total: int
+    supervised: int
     trained: int
     layer: int
     autoencoder: int
@@ -87,34 +93,63 @@ def memory(case: Case) -> dict[str, float]:
         parts["gathered layers (two)"] = 2.0 * item * sizes.layer
     parts["autoencoder"] = 4.0 * sizes.autoencoder
 
-    window = config.rollout.window
-    blocks = window.size if window.kind != "all" else window.range[1] - window.range[0]
-    image = model.grid[0] * model.grid[1]
+    blocks, image = window_steps(config), model.grid[0] * model.grid[1]
     text, micro = case.prompt + case.thinking + 1, min(config.train.micro_batch, case.rows)
     tokens = text + blocks * (image + 2)
-    layer = (SAVED_WIDTHS * model.hidden_size + SAVED_INNER * model.intermediate_size) * item
-    kept = model.hidden_size * item * model.num_hidden_layers + layer if config.train.activation_checkpointing \
-        else layer * model.num_hidden_layers
+    alive = (ALIVE_WIDTHS * model.hidden_size + ALIVE_INNER * model.intermediate_size) * item
+    expanded = 2 * model.num_attention_heads * model.head_dim * item  # keys and values, where a mask is needed
     guided = 2 if config.rollout.guidance_scale > 1 else 1
     if case.gpus > 1:  # gathering every layer for every token would leave the GPUs waiting
         parts["whole weights for sampling"] = float(item * sizes.total)
     return parts | {
         "trajectories": case.rows * (4.0 * blocks + 1) * image * model.token_channels * 4,
         "caches of a rollout": float(case.batch * case.context * cache_bytes(model, item) * guided),
-        "activations of a micro-batch": float(micro * tokens * kept),
-        "attention mask": float(micro * tokens * tokens),
+        "activations of denoising": float(case.batch * ((image + 2) * alive + case.context * expanded)),
+        "decoding images": decoding(config, case.rows),
+        "activations of a micro-batch": float(micro * tokens * kept(model, item, config.train.activation_checkpointing)),
+        "attention mask": float(micro * tokens * tokens * (1 + item)),  # and once more as the kernel's bias
         "logits": float(micro * case.thinking * model.vocab_size * 4 * LOGIT_COPIES),
     }
 
 
-SAMPLING = ("caches of a rollout", "whole weights for sampling")
+def kept(model: MoTConfig, item: int, checkpointing: bool) -> int:
+    """Bytes a token keeps for the backward pass: of every layer, or of one and the inputs of all."""
+    layer = (SAVED_WIDTHS * model.hidden_size + SAVED_INNER * model.intermediate_size) * item
+    return model.hidden_size * item * model.num_hidden_layers + layer if checkpointing else layer * model.num_hidden_layers
+
+
+def decoding(config: Config, images: int) -> float:
+    """Bytes alive while the autoencoder decodes, some of the images at a time."""
+    if config.autoencoder is None:
+        return 0.0
+    pixels = config.model.image_size[0] * config.model.image_size[1]
+    widths = config.autoencoder.block_out_channels
+    return float(min(images, max(1, DECODED_PIXELS // pixels)) * pixels * 4 * ALIVE_PIXELS * widths[min(1, len(widths) - 1)])
+
+
+def warmup_memory(case: Case) -> float:
+    """Bytes on each GPU at the peak of the sft stage: float32 weights, gradients and moments, its whole batch at once."""
+    settings, model = case.config.sft, case.model
+    rows = -(-settings.texts_per_step // case.gpus)
+    text, image = case.prompt + case.thinking + 2, model.grid[0] * model.grid[1] + 2
+    tokens = text + settings.images_per_text * image
+    item = 2 if settings.precision == "bf16" else 4
+    batch = tokens * kept(model, 4, settings.activation_checkpointing) + tokens**2 * (1 + item)
+    batch += case.thinking * model.vocab_size * 4 * TARGET_COPIES
+    states = (4.0 * case.sizes.total + 12.0 * case.sizes.supervised) / case.gpus
+    return states + 4.0 * case.sizes.autoencoder + rows * batch
+
+
+SAMPLING = ("caches of a rollout", "activations of denoising", "whole weights for sampling")
+DECODING = ("decoding images", "whole weights for sampling")
 UPDATING = ("activations of a micro-batch", "attention mask", "logits")
 
 
 def peak(parts: dict[str, float]) -> float:
-    """Bytes at the worse of two moments: sampling holds caches and whole weights, an update activations, mask and logits."""
-    always = sum(value for name, value in parts.items() if name not in SAMPLING + UPDATING)
-    return always + max(sum(parts.get(name, 0.0) for name in moment) for moment in (SAMPLING, UPDATING))
+    """Bytes at the worst of three moments: sampling, decoding what was sampled, and the update of a micro-batch."""
+    moments = (SAMPLING, DECODING, UPDATING)
+    always = sum(value for name, value in parts.items() if not any(name in moment for moment in moments))
+    return always + max(sum(parts.get(name, 0.0) for name in moment) for moment in moments)
 
 
 def fits(case: Case, gpu: Gpu) -> bool:
@@ -153,13 +188,21 @@ def alternatives(case: Case) -> dict[str, list[Any]]:
 
 
 def nearest(case: Case, gpu: Gpu, *, wanted: int = 4) -> list[dict[str, Any]]:
-    """The fewest changes that fit, up to `wanted` of them: with one setting changed, or with two, three or four."""
+    """The fewest changes that fit, up to `wanted` of them, and the fewest that need no other number of GPUs."""
     options = alternatives(case)
+    found = _fewest(case, gpu, options)
+    if all("gpus" in values for values in found):
+        found = found[:wanted - 1] + _fewest(case, gpu, {name: values for name, values in options.items() if name != "gpus"})
+    return found[:wanted]
+
+
+def _fewest(case: Case, gpu: Gpu, options: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """What fits with one setting changed, or with two, three or four: the first of these that has any."""
     for count in range(1, 5):
         found = [fit for names in itertools.combinations(options, count)
                  if (fit := next(_fitting(case, gpu, {name: options[name] for name in names}), None)) is not None]
         if found:
-            return found[:wanted]
+            return found
     return []
 
 

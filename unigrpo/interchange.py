@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from unigrpo.models.configuration import MoTConfig
 from unigrpo.tensorfiles import DTYPES, TensorFiles, raise_problems, shape_problems, write_tensors
 
 Report = Callable[[str], None]
+ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # of a release that was exported here
 HUB_FILES = ("ema.safetensors", "ema-*.safetensors", "model-*.safetensors", "*.index.json", "ae.safetensors",
-             official.LLM_FILE, official.VIT_FILE, *official.TOKENIZER_FILES, *official.TOKENIZER_EXTRAS)
+             official.LLM_FILE, official.VIT_FILE, *official.TOKENIZER_FILES, *official.TOKENIZER_EXTRAS, *ADAPTER_FILES)
 SOURCE_FILE = "source.json"
 BASE_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 
@@ -36,9 +37,11 @@ def fetch(source: str, *, revision: str | None = None) -> Path:
 
     Args:
         source: a folder, or "owner/name". revision: of the repository: a commit, branch or tag.
-    Raises: ValueError if it is neither, or the hub cannot be reached or does not have it.
+    Raises: ValueError if it is neither, or the hub cannot be reached or does not have it, or a folder is given a revision.
     """
     if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(f"--revision={revision} is of a hub repository, and {source} is a folder here; leave it out")
         return Path(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(f"the source must be a folder, or a hub repository such as {BASE_MODEL}, got {source!r}")
@@ -60,7 +63,7 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
     finished import of the same files is left as it is. `source.json` holds the released files' sha256 and the two configs.
 
     Args:
-        source: a folder in the official layout. output: the checkpoint folder.
+        source: a folder in the official layout, its adapter/ taken along where it has one. output: the checkpoint folder.
         digests: sha256 in hex by file name; each must be a file of the release and match.
         finite: check that every number is finite. origin: kept in source.json (repository, revision).
         report: is told what happens, a line at a time.
@@ -70,8 +73,11 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
     release = official.Release(source)
     report(f"{source}: {len(release.model.entries)} tensors, {release.model.size / 1e9:.2f} GB, and the autoencoder's "
            f"{len(release.autoencoder.entries)}: keys, shapes and types are right")
+    adapters = [name for name in ADAPTER_FILES if (source / name).is_file()]
+    if adapters:
+        merged_reader(release.model, source / "adapter")
     record = {"layout": "BAGEL", **dict(origin or {}), "llm_config": release.llm, "vit_config": release.vit,
-              "sha256": _digests(release, digests or {}, report)}
+              "sha256": _digests(release, [*release.files, *adapters], digests or {}, report)}
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     if output.exists():
         known = output / SOURCE_FILE
@@ -97,7 +103,9 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
         Autoencoder.from_official({n: release.autoencoder.read(n) for n in release.autoencoder.entries}).save(
             folder / "autoencoder")
         write_config(folder, release.config)
-        for name in release.tokenizer_files:
+        if adapters:
+            (folder / "adapter").mkdir()
+        for name in (*release.tokenizer_files, *adapters):
             shutil.copyfile(source / name, folder / name)
         (folder / SOURCE_FILE).write_text(text, encoding="utf-8")
     report(f"wrote {output}")
@@ -170,7 +178,7 @@ def merged_reader(files: TensorFiles, adapter: Path) -> Callable[[str], Tensor]:
         settings.get(key) for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                                       "modules_to_save"))
     if not plain:
-        raise ValueError(f"{adapter / CONFIG_FILE} must describe plain LoRA adapters without biases and patterns to be merged")
+        raise ValueError(f"{adapter / CONFIG_FILE} must describe plain LoRA adapters, without biases and patterns")
     scale, low_rank = settings["lora_alpha"] / settings["r"], TensorFiles.find(adapter, WEIGHTS_FILE)
     found: dict[str, tuple[int, ...]] = {n: entry.shape for n, entry in low_rank.entries.items()}
     wanted = {}
@@ -202,7 +210,8 @@ def model_card(checkpoint: Path, config: MoTConfig, source: Mapping[str, Any], *
             metrics = {k: v for k, v in official.read_json(place).items() if isinstance(v, int | float)}
     adapter = checkpoint / "adapter" / "adapter_config.json"
     lora = official.read_json(adapter) if adapter.is_file() else {}
-    run = " ".join(checkpoint.resolve().parts[-4:-1]) if checkpoint.name == "checkpoint" else checkpoint.name
+    place = checkpoint.resolve()
+    run = " ".join(place.parts[-4:-1]).removeprefix("artifacts ") if place.name == "checkpoint" else place.name
     if source and not lora:
         how = "Not trained further: the tensors are the released ones, byte for byte."
     else:
@@ -216,7 +225,7 @@ def model_card(checkpoint: Path, config: MoTConfig, source: Mapping[str, Any], *
     lines = [
         "---", "license: apache-2.0", f"base_model: {BASE_MODEL}", "pipeline_tag: any-to-any", "tags: [bagel, unigrpo]", "---",
         "",
-        f"# {checkpoint.parent.name if checkpoint.name == 'checkpoint' else checkpoint.name}", "",
+        f"# {run}", "",
         f"A BAGEL Mixture-of-Transformers model (arXiv 2505.14683): {parameters:,} parameters in {len(tensors):,} tensors, in "
         "the layout of the official release.", "", "## Base model", "",
         f"`{source.get('repository', BASE_MODEL)}`{revision}.", "", "## Training", "", how, "", "## Use", "",
@@ -260,15 +269,16 @@ def read_digests(path: Path) -> dict[str, str]:
     return out
 
 
-def _digests(release: official.Release, wanted: Mapping[str, str], report: Report) -> dict[str, str]:
+def _digests(release: official.Release, names: Sequence[str], wanted: Mapping[str, str], report: Report) -> dict[str, str]:
     """sha256 of every file of the release, compared with those given."""
-    raise_problems(f"sha256 given for files that {release.folder} does not use", sorted(wanted.keys() - set(release.files)))
+    raise_problems(f"sha256 given for files that {release.folder} does not use", sorted(wanted.keys() - set(names)))
     found, problems = {}, []
-    for name in release.files:
+    for name in names:
         found[name] = sha256_path(release.folder / name)
-        if name in wanted and wanted[name].lower() != found[name]:
+        right = name not in wanted or wanted[name].lower() == found[name]
+        if not right:
             problems.append(f"{name} must have sha256 {wanted[name].lower()}, got {found[name]}")
-        report(f"sha256 {found[name]} {name}{' (as wanted)' if name in wanted and not problems else ''}")
+        report(f"sha256 {found[name]} {name}{' (as wanted)' if name in wanted and right else ''}")
     raise_problems(f"{release.folder} holds other files than wanted; fetch them again", problems)
     return found
 

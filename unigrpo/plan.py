@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from unigrpo.config import Config
-from unigrpo.footprint import Case, Sizes, fits, layer_sizes, memory, peak, refuse
+from unigrpo.evaluate import GRID
+from unigrpo.footprint import USABLE, Case, Sizes, adapter_count, fits, layer_sizes, memory, peak, refuse, warmup_memory
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
+from unigrpo.roofline import window_steps
 
 if TYPE_CHECKING:
     from unigrpo.roofline import Work
 
 MIB = 1024**2
 PROBE_LIMIT = 50_000_000  # parameters up to which the probe runs here
+PEAK = "peak (sampling or updating)"
+PROMPT_TOKENS = 64  # of system and user prompt, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class Plan:
     """The arithmetic of a run.
 
     Args:
-        counts: name -> how many. memory: part -> bytes, fp32 master weights. seconds: stage -> estimate, or empty.
+        counts: name -> how many. memory: part -> bytes of RL in one process. seconds: stage -> estimate, or empty.
     """
 
     counts: dict[str, int]
-    memory: dict[str, int]
+    memory: dict[str, float]
     seconds: dict[str, float]
 
 
@@ -53,7 +57,8 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
     rollout, train, evaluation = config.rollout, config.train, config.evaluate
     total, understanding, generation = model_parameters(config, vocabulary)
     trained = {"understanding": understanding, "generation": generation}
-    optimised = sum(trained[name] for name in train.experts)
+    model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
+    optimised = adapter_count(config, model) if config.lora.rank else sum(trained[name] for name in train.experts)
     group = rollout.group_size
     calls = 2 if rollout.guidance_scale > 1 else 1
     rollouts = rollout.prompts_per_step * group
@@ -63,27 +68,15 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
         "prompts a step": rollout.prompts_per_step, "rollouts a prompt": group, "images a step": rollouts,
         "updates a step": train.updates_per_rollout, "rollouts an update": rollouts // train.updates_per_rollout,
         "micro-batches an update": max(1, rollouts // train.updates_per_rollout // train.micro_batch),
-        "model calls an image": rollout.num_steps * calls, "trained denoising steps an image":
-            rollout.window.size if rollout.window.kind != "all" else rollout.window.range[1] - rollout.window.range[0],
+        "model calls an image": rollout.num_steps * calls, "trained denoising steps an image": window_steps(config),
         "thinking tokens at most": rollout.max_thinking_tokens, "steps": train.num_steps,
         "prompts in all": train.num_steps * rollout.prompts_per_step, "images in all": train.num_steps * rollouts,
         "updates in all": train.num_steps * train.updates_per_rollout,
-        "evaluation images a checkpoint": 7 * evaluation.prompts * evaluation.images_per_prompt,
+        "evaluation images a checkpoint": len(GRID) * evaluation.prompts * evaluation.images_per_prompt,
     }
-    config_model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
-    image = config_model.grid[0] * config_model.grid[1]
-    context = rollout.max_thinking_tokens + 32
-    cache = 2 * config_model.num_hidden_layers * config_model.num_key_value_heads * config_model.head_dim * 4
-    tokens = min(train.micro_batch, rollouts) * (context + rollout.window.size * (image + 2))
-    # Kept for the backward pass, per token and layer: norms, q/k/v, attention, residuals (14 widths) and the MLP (4 inner).
-    activation = config_model.num_hidden_layers * (14 * config_model.hidden_size + 4 * config_model.intermediate_size) * 4
-    memory = {"weights": 4 * total, "gradients": 4 * optimised, "optimizer (two moments)": 8 * optimised,
-              "reference (frozen copy)": 4 * optimised,
-              "text and image caches of a rollout": rollouts * (context + image) * cache,
-              "trajectories": rollouts * (4 * rollout.window.size + 1) * image * config_model.token_channels * 4,
-              "activations of a micro-batch": tokens * activation}
+    case = Case(config, model, model_sizes(config, vocabulary), 1, PROMPT_TOKENS, rollout.max_thinking_tokens)
     seconds = measure(config) if probe and total <= PROBE_LIMIT else {}
-    return Plan(counts, memory, seconds)
+    return Plan(counts, memory(case), seconds)
 
 
 def measure(config: Config) -> dict[str, float]:
@@ -133,13 +126,13 @@ def show(config: Config, plan: Plan) -> str:
 
     title = f"scale {config.scale}" + (f", run {config.run}" if config.run else "")
     lines = [title, "", *(f"  {name:<34}{value:>18,}" for name, value in plan.counts.items()), "", "memory, MiB"]
-    lines += [f"  {name:<34}{value / MIB:>18,.1f}" for name, value in plan.memory.items()]
-    lines += [f"  {'sum':<34}{sum(plan.memory.values()) / MIB:>18,.1f}", ""]
+    lines += [f"  {name:<34}{value / MIB:>18,.1f}" for name, value in plan.memory.items() if value]
+    lines += [f"  {PEAK:<34}{peak(plan.memory) / MIB:>18,.1f}", ""]
     if plan.seconds:
         lines += [f"seconds on this machine, {config.compute.threads} threads (from one step of each, fresh weights)"]
         lines += [f"  {name:<34}{duration(value):>18}" for name, value in plan.seconds.items()]
     else:
-        lines += [f"no time estimate: the probe runs models of up to {PROBE_LIMIT:,} parameters here"]
+        lines += [f"no time estimate: without --no-probe, models of up to {PROBE_LIMIT:,} parameters are timed here"]
     return "\n".join(lines)
 
 
@@ -152,6 +145,7 @@ class GpuPlan:
         memory: part -> bytes on each GPU. peak: bytes. phases: (stage, phase, seconds of one step or of the stage).
         hours: stage -> wall-clock hours. utilisation: share of the GPUs' peak arithmetic that a training step reaches.
         images: drawn in all of RL.
+        warmup: bytes on each GPU in the sft stage. usable: bytes of a GPU that a stage may take.
     """
 
     name: str
@@ -163,6 +157,8 @@ class GpuPlan:
     hours: dict[str, float]
     utilisation: float
     images: int
+    warmup: float
+    usable: float
 
     @property
     def gpu_hours(self) -> float:
@@ -170,9 +166,11 @@ class GpuPlan:
         return self.gpus * sum(self.hours.values())
 
 
-def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: float | None = None, prompt: int = 64,
-             thinking: int | None = None) -> GpuPlan:
+def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: float | None = None,
+             prompt: int = PROMPT_TOKENS, thinking: int | None = None) -> GpuPlan:
     """Memory and time of a run on GPUs, from the roofline; parameters' parts are sharded, rows are split evenly.
+
+    RL is refused where it does not fit. Of sft the plan says whether it does: RL may start from a checkpoint made elsewhere.
 
     Args:
         prompt, thinking: tokens on average; thinking is rollout.max_thinking_tokens by default, an upper bound.
@@ -211,7 +209,8 @@ def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: flo
              "train": sum(spent.values()) * config.train.num_steps / 3600,
              "evaluate, base, sft and run": 3 * sum(drawn.values()) / 3600}
     return GpuPlan(gpu, gpus, price, memory(case), peak(memory(case)), phases, hours,
-                   flops / sum(spent.values()) / device.flops, rollouts * config.train.num_steps)
+                   flops / sum(spent.values()) / device.flops, rollouts * config.train.num_steps, warmup_memory(case),
+                   USABLE * device.memory)
 
 
 def model_sizes(config: Config, vocabulary: int) -> Sizes:
@@ -227,7 +226,8 @@ def model_sizes(config: Config, vocabulary: int) -> Sizes:
         with torch.device("meta"):
             autoencoder = sum(p.numel() for p in Autoencoder(values).parameters())
     model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
-    return Sizes(total, sum(trained[name] for name in config.train.experts), layer_sizes(model), autoencoder)
+    tables = model.hidden_size * (model.max_latent_size**2 + (model.vit_max_patches**2 if model.vision else 0))
+    return Sizes(total, total - tables, sum(trained[name] for name in config.train.experts), layer_sizes(model), autoencoder)
 
 
 def show_gpu(plan: GpuPlan) -> str:
@@ -237,8 +237,10 @@ def show_gpu(plan: GpuPlan) -> str:
     gpu = GPUS[plan.name]
     lines = [f"on {plan.gpus} x {plan.name}: {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e12:.2f} TB/s, "
              f"{gpu.memory / 1e9:.0f} GB each ({gpu.source})", "", "memory on each GPU, GB"]
-    lines += [f"  {name:<34}{value / 1e9:>18,.2f}" for name, value in plan.memory.items()]
-    lines += [f"  {'peak (sampling or updating)':<34}{plan.peak / 1e9:>18,.2f}", "",
+    lines += [f"  {name:<34}{value / 1e9:>18,.2f}" for name, value in plan.memory.items() if value]
+    lines += [f"  {PEAK:<34}{plan.peak / 1e9:>18,.2f}", f"  {'peak of the sft stage':<34}{plan.warmup / 1e9:>18,.2f}",
+              *(["  which does not fit: lower sft.texts_per_step, take more GPUs, or start RL from a checkpoint",
+                 "  that was warmed up elsewhere"] if plan.warmup > plan.usable else []), "",
               f"seconds, roofline at {COMPUTE_SHARE:.0%} of the arithmetic and {BANDWIDTH_SHARE:.0%} of the bandwidth"]
     lines += [f"  {f'{stage}: {name}':<44}{value:>8,.1f}" for stage, name, value in plan.phases]
     lines += [f"  a training step reaches {plan.utilisation:.0%} of the peak arithmetic", "", "hours"]
@@ -280,7 +282,7 @@ def plan_run(scale: str, run: str, root: Path, *, probe: bool = True, gpu: str |
     large = plan.counts["parameters"] > PROBE_LIMIT
     if gpu is None and not large:
         return show(config, plan)
-    there = gpu_plan(config, vocabulary=size, gpu=gpu or "h200", gpus=gpus or config.compute.resources.gpu, price=price,
-                     thinking=thinking)
+    there = gpu_plan(config, vocabulary=size, gpu=gpu or "h200", gpus=config.compute.resources.gpu if gpus is None else gpus,
+                     price=price, thinking=thinking)
     head = show(config, plan).split("\nmemory, MiB")[0]
     return f"{head}\n{show_gpu(there)}"

@@ -79,13 +79,6 @@ def attention_flops(config: MoTConfig, queries: float, keys: float) -> float:
     return 4.0 * config.hidden_size * config.num_hidden_layers * queries * keys
 
 
-def prefill(config: MoTConfig, tokens: float, rows: int = 1) -> Work:
-    """Text of `tokens` tokens in each of `rows` rows through the understanding experts, causal."""
-    linear = 2.0 * expert_weights(config) * tokens * rows
-    return Work(linear + rows * attention_flops(config, tokens, tokens / 2),
-                BYTES * expert_weights(config) + rows * tokens * cache_bytes(config))
-
-
 def decode_step(config: MoTConfig, context: float, rows: int = 1) -> Work:
     """One more text token in each of `rows` rows: the experts' and the head's weights are read once, every cache once."""
     weights = expert_weights(config) + head_weights(config)
@@ -151,6 +144,12 @@ def autoencoder_work(config: Config) -> tuple[Work, Work]:
     return Work(encode), Work(decode)
 
 
+def window_steps(config: Config) -> int:
+    """Denoising steps of a rollout that are trained."""
+    window = config.rollout.window
+    return window.size if window.kind != "all" else window.range[1] - window.range[0]
+
+
 def guided_calls(num_steps: int, shift: float, interval: tuple[float, float]) -> int:
     """Model calls of one guided image: two inside the interval of noise levels, one outside."""
     return num_steps + sum(guidance_active(float(s), interval) for s in sigma_schedule(num_steps, shift)[:-1])
@@ -184,9 +183,7 @@ def rollout_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, 
 
 def training_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
     """Phase -> (work of one micro-batch, number of micro-batches), of one GPU's share of a training step's updates."""
-    window = config.rollout.window
-    blocks = window.size if window.kind != "all" else window.range[1] - window.range[0]
-    micro = min(config.train.micro_batch, loads.rows)
+    blocks, micro = window_steps(config), min(config.train.micro_batch, loads.rows)
     forward = packed_forward(model, loads.prompt + loads.thinking + 1, blocks, loads.thinking, micro)
     count = -(-loads.rows // micro)
     factor = passes(checkpointing=config.train.activation_checkpointing, adapters=config.lora.rank > 0)
@@ -196,14 +193,18 @@ def training_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str,
 
 
 def evaluation_work(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
-    """Phase -> (work of a call, calls), of a whole evaluation on one GPU: the grid of guidance and thinking."""
+    """Phase -> (work of a call, calls), of a whole evaluation on one GPU: the grid of guidance and thinking.
+
+    Thinking is sampled once for every image, whatever the cells, and once more a prompt for the greedy cell.
+    """
     settings, context = config.evaluate, loads.prompt + loads.thinking + 2
     images = settings.prompts * settings.images_per_prompt
-    batch = min(loads.batch, images)
+    batch = min(settings.batch, images)
     turns = -(-images // batch)
+    thinking = turns + -(-settings.prompts // batch)
     guided = guided_calls(settings.num_steps, config.rollout.shift, settings.guidance_interval)
     calls = sum(guided if cfg == "on" else settings.num_steps for cfg, _ in GRID)
-    return {"thinking": (decode_step(model, loads.prompt + loads.thinking / 2, batch), turns * loads.thinking),
+    return {"thinking": (decode_step(model, loads.prompt + loads.thinking / 2, batch), thinking * loads.thinking),
             "denoising": (image_forward(model, context, batch), turns * calls),
             "decoding images": (autoencoder_work(config)[1], len(GRID) * images)}
 

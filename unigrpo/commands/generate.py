@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RUN_FILE = "generate.json"  # what the folder was made with; a folder without it is never written to
+PARTIAL = "generate.partial"  # all that a run leaves which was killed before it had begun
+OURS = re.compile(r"\d{5,}-\d+\.png|(\d{5,}|generate)\.(json|partial)")  # names of all that this command writes
 
 
 def add_parser(commands: Any) -> None:
@@ -22,14 +26,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder; a run that was interrupted goes on in it")
     parser.add_argument("--overwrite", action="store_true", help="replace what another run of this command left in --output")
     parser.add_argument("--num-images", type=int, default=1, help="images a prompt")
-    parser.add_argument("--batch", type=int, default=4, help="images a batch, as whole prompts; finished prompts are kept")
+    parser.add_argument("--batch", type=int, default=4, help="images at a time; finished prompts are kept")
     parser.add_argument("--token-budget", type=int, help="cached tokens at a time, which bounds memory; no bound by default")
     parser.add_argument("--seed", type=int, default=0, help="image k of a prompt is drawn with seed + k")
     parser.add_argument("--steps", type=int, default=49, help='model calls; BAGEL\'s "50" is 49')
     parser.add_argument("--height", type=int, help="pixels; the model's own, or the input's, by default")
     parser.add_argument("--width", type=int)
     parser.add_argument("--think", action="store_true", help="write a thinking first; needs --system-prompt")
-    parser.add_argument("--system-prompt", help='of thinking: text, "" for none, or @PATH/inferencer.py of the official code')
+    parser.add_argument("--system-prompt", help="of --think or --understand: text, '' for none, or @PATH/inferencer.py of "
+                        "the official code")
     parser.add_argument("--max-thinking-tokens", type=int, default=1000)
     parser.add_argument("--temperature", type=float, default=0.0, help="of the text; 0: the most likely tokens")
     parser.add_argument("--cfg", type=float, default=4.0, help="text guidance scale; 1: none")
@@ -37,6 +42,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--renorm", choices=["global", "channel", "text_channel"])
     parser.add_argument("--renorm-min", type=float, default=0.0, help="1 switches the rescaling off")
     parser.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of the shifted noise level")
+    parser.add_argument("--posterior", choices=["mean", "sample"], default="mean",
+                        help="what the autoencoder reads --image as; BAGEL samples, keyed by the seed here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights; as stored by default")
     parser.set_defaults(function=run)
@@ -46,49 +53,80 @@ def run(args: argparse.Namespace) -> int:
     """Generate; returns the exit status. Raises ValueError for what the user can mend."""
     prompts = read_prompts(args)
     image = open_image(args.image)
-    if args.understand and image is None:
-        raise ValueError("--understand answers about an image: give --image")
-    if args.num_images < 1 or args.batch < 1:
-        raise ValueError(f"--num-images and --batch must be at least 1, got {args.num_images} and {args.batch}")
+    check_arguments(args)
     settings = run_settings(args, prompts)
     todo = claim_output(args.output, settings, len(prompts), args.overwrite)
     if not todo:
         print(f"nothing to do: {args.output} holds all {len(prompts)} prompts of this run")
         return 0
     pipe = load_pipeline(args)
+    import torch
+
+    try:
+        (answer_all if args.understand else draw_all)(pipe, args, prompts, todo, image)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError("the GPU's memory is full: lower --batch or set --token-budget; prompts that are finished are kept "
+                         f"({error})") from error
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for arguments that contradict each other, or that would have no effect."""
+    if args.num_images < 1 or args.batch < 1:
+        raise ValueError(f"--num-images and --batch must be at least 1, got {args.num_images} and {args.batch}")
+    if args.understand and args.image is None:
+        raise ValueError("--understand answers about an image: give --image")
+    if args.understand and (args.think or args.num_images > 1):
+        raise ValueError("--understand gives one answer a prompt and draws nothing: leave out --think and --num-images; "
+                         "--system-prompt goes before the image")
+    if args.system_prompt is not None and not (args.think or args.understand):
+        raise ValueError("--system-prompt has no effect without --think or --understand; add one of them, or leave it out")
+
+
+def answer_all(pipe: Any, args: argparse.Namespace, prompts: list[str], todo: list[int], image: Any) -> None:
+    """Answer every prompt that is left about the image."""
     from unigrpo.progress import Progress
 
-    if args.understand:
-        with Progress("understand", len(prompts), start=len(prompts) - len(todo)) as progress:
-            for done, index in enumerate(todo, start=len(prompts) - len(todo) + 1):
-                answer = pipe.understand(prompts[index], image, system_prompt=args.system_prompt or "",
-                                         max_tokens=args.max_thinking_tokens, temperature=args.temperature, seed=args.seed)
-                write_json(args.output / f"{index:05d}.json", {"prompt": prompts[index], "answer": answer})
-                print(answer)
-                progress.step(done)
-        return 0
-    together = max(1, args.batch // args.num_images)
-    finished = (len(prompts) - len(todo)) * args.num_images
+    finished = len(prompts) - len(todo)
+    with Progress("understand", len(prompts), start=finished) as progress:
+        for done, index in enumerate(todo, start=finished + 1):
+            answer = pipe.understand(prompts[index], image, system_prompt=args.system_prompt or "",
+                                     max_tokens=args.max_thinking_tokens, temperature=args.temperature, seed=args.seed)
+            write_json(args.output / f"{index:05d}.json", {"prompt": prompts[index], "answer": answer})
+            print(answer)
+            progress.step(done)
+
+
+def draw_all(pipe: Any, args: argparse.Namespace, prompts: list[str], todo: list[int], image: Any) -> None:
+    """Draw every prompt that is left: some whole prompts at a time, or parts of one that has more images than a batch."""
+    from unigrpo.progress import Progress
+
+    together, finished = max(1, args.batch // args.num_images), (len(prompts) - len(todo)) * args.num_images
+
+    def tell(progress: Progress, before: int) -> Callable[[int], None]:
+        return lambda done: progress.step(before + done)
+
     with Progress("generate", len(prompts) * args.num_images, start=finished) as progress:
         for start in range(0, len(todo), together):
-            chosen, base = todo[start:start + together], finished + start * args.num_images
-            out = pipe([prompts[i] for i in chosen], image, think=args.think, guidance_scale=args.cfg,
-                       image_guidance_scale=args.cfg_image, renorm=args.renorm, renorm_min=args.renorm_min,
-                       interval=args.cfg_interval and tuple(args.cfg_interval), num_inference_steps=args.steps,
-                       num_images_per_prompt=args.num_images, height=args.height, width=args.width, seed=args.seed,
-                       max_thinking_tokens=args.max_thinking_tokens, temperature=args.temperature,
-                       token_budget=args.token_budget, progress=lambda done, base=base: progress.step(base + done))
-            for place, index in enumerate(chosen):
-                rows = range(place * args.num_images, (place + 1) * args.num_images)
-                files = []
-                for k, row in enumerate(rows):
-                    files.append(f"{index:05d}-{k}.png")
-                    out.images[row].save(args.output / files[-1])
-                write_json(args.output / f"{index:05d}.json", {"prompt": prompts[index], "images": [
-                    {"file": name, "seed": out.seeds[row], "thinking": out.thinking[row]}
-                    for name, row in zip(files, rows, strict=True)]})
+            chosen = todo[start:start + together]
+            entries: list[list[dict[str, Any]]] = [[] for _ in chosen]
+            for first in range(0, args.num_images, args.batch):
+                count = min(args.batch, args.num_images - first)
+                out = pipe([prompts[i] for i in chosen], image, think=args.think, guidance_scale=args.cfg,
+                           image_guidance_scale=args.cfg_image, renorm=args.renorm, renorm_min=args.renorm_min,
+                           interval=args.cfg_interval and tuple(args.cfg_interval), posterior=args.posterior,
+                           num_inference_steps=args.steps, num_images_per_prompt=count, height=args.height, width=args.width,
+                           seed=args.seed + first, max_thinking_tokens=args.max_thinking_tokens,
+                           temperature=args.temperature, token_budget=args.token_budget,
+                           progress=tell(progress, finished + start * args.num_images + first))
+                for row, picture in enumerate(out.images):
+                    index = chosen[row // count]
+                    name = f"{index:05d}-{out.seeds[row] - args.seed}.png"
+                    picture.save(args.output / name)
+                    entries[row // count].append({"file": name, "seed": out.seeds[row], "thinking": out.thinking[row]})
+            for index, images in zip(chosen, entries, strict=True):
+                write_json(args.output / f"{index:05d}.json", {"prompt": prompts[index], "images": images})
     print(f"{len(todo)} prompts, {len(todo) * args.num_images} images in {args.output}")
-    return 0
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -129,15 +167,19 @@ def open_image(path: Path | None) -> Any:
 def run_settings(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     """Everything that decides what is drawn: a folder is only continued with the same."""
     from unigrpo.checkpoint import file_digest
+    from unigrpo.generate import READ_PROMPT, THINK_PROMPT, resolve_prompt
 
+    if args.system_prompt is not None:  # the text, so that another file under the same name is another run
+        args.system_prompt = resolve_prompt(args.system_prompt, READ_PROMPT if args.understand else THINK_PROMPT)
     skipped = {"command", "function", "output", "overwrite", "prompt", "prompts", "batch", "token_budget", "device"}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
                 if name not in skipped}
-    weights = sorted(args.checkpoint.glob("model*.safetensors*"))
-    if not weights:
+    if not any(args.checkpoint.glob("model*.safetensors*")):
         raise ValueError(f"--checkpoint must be a checkpoint folder with model.safetensors, and {args.checkpoint} is none")
-    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]  # 29 GB are not hashed here
-    return {**settings, "weights": stamp, "image_sha256": None if args.image is None else file_digest(args.image),
+    files = sorted(path for path in args.checkpoint.rglob("*") if path.is_file())  # adapters and autoencoder too
+    stamp = [[path.relative_to(args.checkpoint).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {**settings, "files": stamp,  # 29 GB are not hashed here
+            "image_sha256": None if args.image is None else file_digest(args.image),
             "prompts": prompts}
 
 
@@ -150,9 +192,9 @@ def claim_output(folder: Path, settings: dict[str, Any], prompts: int, overwrite
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output must be a folder, and {folder} is a file")
     if folder.is_dir() and any(folder.iterdir()):
-        if not marker.is_file():
+        if not marker.is_file() and [path.name for path in folder.iterdir()] != [PARTIAL]:
             raise ValueError(f"--output {folder} holds files that this command did not write; give an empty or a new folder")
-        if json.loads(marker.read_text(encoding="utf-8")) != settings:
+        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != settings:
             if not overwrite:
                 raise ValueError(f"--output {folder} holds another run (see its {RUN_FILE}); give another folder, or "
                                  "--overwrite to replace it")
@@ -166,8 +208,8 @@ def claim_output(folder: Path, settings: dict[str, Any], prompts: int, overwrite
 
 def clear(folder: Path) -> None:
     """Remove what this command writes, and nothing else."""
-    for pattern in ("[0-9][0-9][0-9][0-9][0-9].json", "[0-9][0-9][0-9][0-9][0-9]-*.png", RUN_FILE):
-        for path in folder.glob(pattern):
+    for path in sorted(folder.iterdir()):
+        if OURS.fullmatch(path.name) and path.is_file():
             path.unlink()
 
 
@@ -188,4 +230,5 @@ def load_pipeline(args: argparse.Namespace) -> Any:
         raise ValueError("--device cuda, and this machine (or this build of torch) has no GPU; use --device auto")
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return UnifiedPipeline.from_pretrained(args.checkpoint, device=device, dtype=dtype, system_prompt=args.system_prompt)
+    return UnifiedPipeline.from_pretrained(args.checkpoint, device=device, dtype=dtype,
+                                            system_prompt=None if args.understand else args.system_prompt)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     hub = not Path(args.source).is_dir()
     # A snapshot's folder is named by its commit.
     origin = {"repository": args.source, "revision": folder.name} if hub else {}
-    output = args.output or Path("checkpoints") / Path(args.source).name
+    output = args.output or Path("checkpoints") / (Path(args.source).name if hub else Path(args.source).resolve().name)
     import_release(folder, output, digests=digests, finite=not args.no_finite_check, origin=origin,
                    report=lambda line: print(line, flush=True))
     return 0
