@@ -215,6 +215,18 @@ def trained(release, tmp_path):
     return folder
 
 
+def test_the_card_knows_released_weights_by_their_bytes(imported, tmp_path):
+    """A record of the release beside other weights does not make them the released ones."""
+    export_release(imported, tmp_path / "same", report=quiet)
+    assert "Not trained further" in (tmp_path / "same" / "README.md").read_text()
+    shutil.copytree(imported, tmp_path / "changed")
+    tensors = load_file(imported / "model.safetensors")
+    tensors["language_model.lm_head.weight"] += 1
+    save_file(tensors, tmp_path / "changed" / "model.safetensors")
+    export_release(tmp_path / "changed", tmp_path / "other", report=quiet)
+    assert "Not trained further" not in (tmp_path / "other" / "README.md").read_text()
+
+
 def test_export_of_a_trained_checkpoint(release, trained, tmp_path):
     export_release(trained, tmp_path / "out", report=quiet)
     assert same_bytes(load_file(tmp_path / "out" / "ema.safetensors"), load_file(release / "ema.safetensors"))

@@ -11,21 +11,33 @@ from safetensors.torch import load_file
 from small import ROOT, draw, small_config, small_policy, small_prompts
 
 from unigrpo.adapters import add_lora
-from unigrpo.checkpoint import save_checkpoint
+from unigrpo.checkpoint import SOURCE_FILE, save_checkpoint
 from unigrpo.config import load_config
 from unigrpo.generate import UnifiedPipeline
 from unigrpo.interchange import export_release, import_release
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.schema_model import VisionConfig
 from unigrpo.stages.loading import load_policy, save_policy
-from unigrpo.stages.train import rl_policy
+from unigrpo.stages.train import rl_policy, rl_start
 from unigrpo.train import train
 from unigrpo.types import Reward
-from unigrpo.update import rl_optimizer, trainable_experts
+from unigrpo.update import trainable_experts
 
 
 def brightness(rollouts):
     return [Reward("shapes_graded", rollouts.image.final_latents.mean(dim=(1, 2)) + 0.01 * rollouts.text.lengths)]
+
+
+def trained_from(start, end, config):
+    """The policy of two training steps from one checkpoint folder, saved into another, and its trained names."""
+    policy, optimizer = rl_start(start, config)
+    trained = {name for expert in trainable_experts(policy.model, config.train.experts).values() for name in expert}
+    policy.model.train()
+    train(policy, optimizer, lambda step: small_prompts(4), brightness, config, draw=draw, log=lambda *_: None,
+          save=lambda step: None)
+    policy.model.eval()
+    save_policy(end, policy, origin=start)
+    return policy, trained
 
 
 def pictures(pipe: UnifiedPipeline) -> tuple[list[np.ndarray], list[str]]:
@@ -50,16 +62,7 @@ def test_two_steps_then_the_same_images_from_the_folder(tmp_path, rank, precisio
         imported.model.to(torch.bfloat16)
     save_checkpoint(tmp_path / "imported", imported.model, imported.tokenizer)
 
-    policy = rl_policy(tmp_path / "imported", config)
-    experts = trainable_experts(policy.model, config.train.experts)
-    if rank == 0:
-        policy.freeze_reference([name for parameters in experts.values() for name in parameters])
-    trained = {name for parameters in experts.values() for name in parameters}
-    policy.model.train()
-    train(policy, rl_optimizer(experts, config.optim), lambda step: small_prompts(4), brightness, config, draw=draw,
-          log=lambda *_: None, save=lambda step: None)
-    policy.model.eval()
-    save_policy(tmp_path / "trained", policy)
+    policy, trained = trained_from(tmp_path / "imported", tmp_path / "trained", config)
 
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("imported", "trained"))
     assert list(before) == list(after)
@@ -117,21 +120,16 @@ def test_import_train_export_import(tmp_path, rank):
     config = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": rank, "alpha": 8.0})})
     quiet = {"report": lambda line: None}
     export_release(tmp_path / "made", tmp_path / "released", **quiet)
-    import_release(tmp_path / "released", tmp_path / "imported", **quiet)
+    import_release(tmp_path / "released", tmp_path / "imported", origin={"repository": "someone/BAGEL"}, **quiet)
     path = tmp_path / "imported" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": [32, 32]}))  # as the base stage does
 
-    policy = rl_policy(tmp_path / "imported", config)
-    experts = trainable_experts(policy.model, config.train.experts)
-    if rank == 0:
-        policy.freeze_reference([name for parameters in experts.values() for name in parameters])
-    trained = {name for parameters in experts.values() for name in parameters}
-    policy.model.train()
-    train(policy, rl_optimizer(experts, config.optim), lambda step: small_prompts(4), brightness, config, draw=draw,
-          log=lambda *_: None, save=lambda step: None)
-    policy.model.eval()
-    save_policy(tmp_path / "trained", policy)
+    policy, trained = trained_from(tmp_path / "imported", tmp_path / "trained", config)
+    assert (tmp_path / "trained" / SOURCE_FILE).read_bytes() == (tmp_path / "imported" / SOURCE_FILE).read_bytes()
     export_release(tmp_path / "trained", tmp_path / "exported", **quiet)
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "`someone/BAGEL`" in card
+    assert "Not trained further" not in card
     if rank:  # the released weights are unchanged; the adapters travel beside them
         assert (tmp_path / "exported" / "adapter").is_dir()
     import_release(tmp_path / "exported", tmp_path / "again", **quiet)

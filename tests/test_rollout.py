@@ -13,6 +13,7 @@ from unigrpo.evaluate import shuffled_rows
 from unigrpo.models.bagel import concatenate_rows, encode_segments, packed_mask, word_tokenizer
 from unigrpo.models.mot import patchify, unpatchify
 from unigrpo.rollout import prefill, think
+from unigrpo.roofline import guided_calls
 from unigrpo.update import score
 
 
@@ -91,6 +92,15 @@ def test_replay_equals_rollout_with_guidance(config):
     plain = sample(small_policy(config), config, small_prompts(2))
     assert not torch.allclose(plain.image.final_latents, rollouts.image.final_latents, atol=1e-3)
     assert rollouts.cost["model_calls"] == 2 * plain.cost["model_calls"]
+
+
+def test_the_cost_counts_the_second_call_only_where_guidance_acts(config):
+    """An interval of noise levels leaves steps unguided: as many as the roofline of `plan` says."""
+    interval, sampling = (0.4, 0.9), config.rollout
+    rollouts = sample(small_policy(config, guidance=(3.0, "global", interval)), config, small_prompts(2))
+    calls = guided_calls(sampling.num_steps, sampling.shift, interval)
+    assert sampling.num_steps < calls < 2 * sampling.num_steps
+    assert rollouts.cost["model_calls"] == calls * len(rollouts.prompts)
 
 
 def test_decoded_ids_equal_teacher_forced_ids(policy, config, rollouts):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
 from small import small_config, small_policy
 
 from unigrpo.seeding import generator
-from unigrpo.sft import Example, collate, supervised_factor, supervised_losses
+from unigrpo.sft import Example, accumulate, collate, micro_batches, supervised_factor, supervised_losses
 from unigrpo.stages import sft as sft_stage
 from unigrpo.stages.base import caption_batch
 from unigrpo.stages.sft import heldout_image_loss, warmup_batch
@@ -38,6 +40,32 @@ def test_only_the_target_segment_is_predicted_and_its_end_token_too(policy):
     assert not batch.targets[1:].any()
     assert batch.noise.shape == (3, 2, 16, 192)
     assert ((batch.sigma > 0) & (batch.sigma < 1)).all()
+
+
+def test_parts_of_a_batch_add_up_to_it(policy):
+    """Losses, gradients and metrics of micro-batches, weighted by their shares, are those of the whole batch."""
+    examples = [Example(("plan first",), "draw a red circle top ."), Example((), None), Example(("red circle",), "blue square"),
+                Example((), "blue square"), Example((), None)]
+    images = generator(0, "pixels").random((5, 32, 32, 3), dtype=np.float32)
+    batch = collate(policy, examples, images, generator(0, "x"), images_per_text=2)
+    summed: dict[int | None, tuple[float, dict[str, float], torch.Tensor]] = {}
+    for size in (None, 1, 2):
+        policy.model.zero_grad()
+        metrics: dict[str, float] = defaultdict(float)
+        total = 0.0
+        for part, text_share, image_share in micro_batches(batch, size):
+            text, image, measured = supervised_losses(policy, part)
+            loss = text_share * text + image_share * image
+            loss.backward()
+            total += loss.item()
+            accumulate(metrics, measured, text_share, image_share)
+        gradient = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+        summed[size] = total, dict(metrics), gradient
+    policy.model.zero_grad()
+    for size in (1, 2):
+        assert summed[size][0] == pytest.approx(summed[None][0], rel=1e-5)
+        assert summed[size][1] == pytest.approx(summed[None][1], rel=1e-5)
+        torch.testing.assert_close(summed[size][2], summed[None][2], atol=1e-6, rtol=1e-4)
 
 
 def test_losses_by_hand(policy):

@@ -23,6 +23,7 @@ from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.mot import MoTConfig, MoTModel
 from unigrpo.tensorfiles import DTYPES, METADATA, TensorFiles, raise_problems, shape_problems
 
+SOURCE_FILE = "source.json"  # beside imported weights: repository, revision, sha256 and configs of the release
 CONFIG_EXTRAS = ("model_type", "transformers_version", "architectures", "dtype", "tie_word_embeddings")
 
 

@@ -28,7 +28,7 @@ Report = Callable[[str], None]
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # of a release that was exported here
 HUB_FILES = ("ema.safetensors", "ema-*.safetensors", "model-*.safetensors", "*.index.json", "ae.safetensors",
              official.LLM_FILE, official.VIT_FILE, *official.TOKENIZER_FILES, *official.TOKENIZER_EXTRAS, *ADAPTER_FILES)
-SOURCE_FILE = "source.json"
+WEIGHTS = "weights_sha256"  # in source.json: of the model.safetensors that an import wrote, by which an export knows it again
 BASE_MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
 
 
@@ -60,7 +60,8 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
     """Check a release and write our checkpoint folder from it.
 
     The folder's bytes depend on the release's tensors, configs and tokenizer alone: running twice writes the same, and a
-    finished import of the same files is left as it is. `source.json` holds the released files' sha256 and the two configs.
+    finished import of the same files is left as it is. `source.json` holds the sha256 of the released files
+    and of the model.safetensors that was written, and the two configs.
 
     Args:
         source: a folder in the official layout, its adapter/ taken along where it has one. output: the checkpoint folder.
@@ -70,6 +71,8 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
     Returns: the model's configuration.
     Raises: ValueError naming everything that is missing or does not fit, or an `output` that holds something else.
     """
+    from unigrpo.checkpoint import SOURCE_FILE
+
     release = official.Release(source)
     report(f"{source}: {len(release.model.entries)} tensors, {release.model.size / 1e9:.2f} GB, and the autoencoder's "
            f"{len(release.autoencoder.entries)}: keys, shapes and types are right")
@@ -78,10 +81,9 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
         merged_reader(release.model, source / "adapter")
     record = {"layout": "BAGEL", **dict(origin or {}), "llm_config": release.llm, "vit_config": release.vit,
               "sha256": _digests(release, [*release.files, *adapters], digests or {}, report)}
-    text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     if output.exists():
-        known = output / SOURCE_FILE
-        if known.is_file() and known.read_text(encoding="utf-8") == text:
+        known = official.read_json(output / SOURCE_FILE) if (output / SOURCE_FILE).is_file() else {}
+        if {k: v for k, v in known.items() if k != WEIGHTS} == json.loads(json.dumps(record)):
             report(f"{output} holds this import already")
             return release.config
         raise ValueError(f"{output} exists and is not an import of these files; remove it or give another --output")
@@ -107,7 +109,8 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
             (folder / "adapter").mkdir()
         for name in (*release.tokenizer_files, *adapters):
             shutil.copyfile(source / name, folder / name)
-        (folder / SOURCE_FILE).write_text(text, encoding="utf-8")
+        record[WEIGHTS] = sha256_path(folder / "model.safetensors")
+        (folder / SOURCE_FILE).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     report(f"wrote {output}")
     return release.config
 
@@ -121,7 +124,7 @@ def export_release(checkpoint: Path, output: Path, *, merge: bool = False, repor
             adapters are exported as they are, as `adapter/` in PEFT's format.
     Raises: ValueError naming what is missing or does not fit.
     """
-    from unigrpo.checkpoint import load_autoencoder, read_config
+    from unigrpo.checkpoint import SOURCE_FILE, load_autoencoder, read_config
 
     if output.exists():
         raise ValueError(f"{output} exists; remove it or give another folder")
@@ -212,7 +215,8 @@ def model_card(checkpoint: Path, config: MoTConfig, source: Mapping[str, Any], *
     lora = official.read_json(adapter) if adapter.is_file() else {}
     place = checkpoint.resolve()
     run = " ".join(place.parts[-4:-1]).removeprefix("artifacts ") if place.name == "checkpoint" else place.name
-    if source and not lora:
+    released = WEIGHTS in source and source[WEIGHTS] == sha256_path(checkpoint / "model.safetensors")
+    if released and not lora:
         how = "Not trained further: the tensors are the released ones, byte for byte."
     else:
         how = (f"Stage output `{run}` of `unigrpo`, which trains reasoning text and image generation together with UniGRPO "

@@ -42,7 +42,7 @@ class MasterAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state with each float32 copy beside its moments."""
         out = super().state_dict()
-        state = {i: {**out["state"].get(i, {}), "master": master.clone()} for i, master in enumerate(self.masters)}
+        state = {i: {**out["state"].get(i, {}), "master": master} for i, master in enumerate(self.masters)}
         return {**out, "state": state}
 
     @torch.no_grad()

@@ -96,7 +96,13 @@ class BagelPolicy:
                         lengths.repeat_interleave(group_size), (text, image), group_size,
                         stop_token=self.special.eos, temperature=sampling.temperature, guidance_scale=self.guidance_scale,
                         cost={"text_tokens": int(text.mask.sum()), "images": len(siblings),
-                              "model_calls": sampling.num_steps * (1 if self.guidance is None else 2) * len(siblings)})
+                              "model_calls": self.calls(sigmas) * len(siblings)})
+
+    def calls(self, sigmas: Tensor) -> int:
+        """Model calls of one image over a schedule (S+1,): one a step, two where guidance is active."""
+        steps = len(sigmas) - 1
+        return steps if self.guidance is None else steps + sum(
+            guidance_active(float(s), self.guidance[2]) for s in sigmas[:-1])
 
     def budgeted(self, rows: int, prefix: int, sampling: RolloutConfig) -> Sequence[Tensor]:
         """Row indices of the chunks that are sampled at a time: as many whole rows as `token_budget` cache tokens hold.

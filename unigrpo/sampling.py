@@ -41,11 +41,6 @@ class Guidance:
         """Whether it changes the velocity at this noise level."""
         return self.scale > 1.0 and guidance_active(float(sigma), self.interval)
 
-    def calls(self, sigmas: Tensor) -> int:
-        """Forwards it adds to a trajectory over a schedule (S+1,)."""
-        more = 2 if self.image_scale > 1.0 and self.image_context is not None else 1
-        return more * sum(self.active(sigma) for sigma in sigmas[:-1])
-
 
 @dataclass(frozen=True)
 class Drawing:

@@ -52,6 +52,7 @@ class SupervisedConfig(Section):
     steps: Positive
     texts_per_step: Positive
     images_per_text: Positive
+    micro_batch: Positive | None
     optimizer: Literal["muon", "adamw"]
     muon_lr: Rate
     adam_lr: Rate

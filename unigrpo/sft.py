@@ -5,7 +5,8 @@ One packed forward a batch: [text | image at noise level 1 | image at noise leve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import concatenate_rows, encode_segments
 from unigrpo.models.mot import patchify
-from unigrpo.rollout import BagelPolicy
+from unigrpo.rollout import DECODED_PIXELS, BagelPolicy
 from unigrpo.schema import SupervisedConfig
 
 
@@ -78,12 +79,17 @@ def collate(policy: BagelPolicy, examples: Sequence[Example], images: np.ndarray
 
 @torch.no_grad()
 def encode_images(autoencoder: Autoencoder, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32 latents on the CPU: the posterior's mean, or drawn with `rng`."""
+    """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32 latents on the CPU: the posterior's mean, or drawn with `rng`.
+
+    A few images at a time, to bound memory.
+    """
     noise = None
     if rng is not None:
         shape = (len(pixels), autoencoder.config["latent_channels"], *(s // autoencoder.downsample for s in pixels.shape[2:]))
         noise = torch.from_numpy(rng.standard_normal(shape, np.float32))
-    return autoencoder.encode(pixels, noise=noise).float().cpu()
+    together = max(1, DECODED_PIXELS // (pixels.shape[2] * pixels.shape[3]))
+    return torch.cat([autoencoder.encode(part, noise=None if noise is None else noise[at:at + together]).float().cpu()
+                      for at, part in zip(range(0, len(pixels), together), pixels.split(together), strict=True)])
 
 
 def supervised_losses(policy: BagelPolicy, batch: SupervisedBatch) -> tuple[Tensor, Tensor, dict[str, float]]:
@@ -129,6 +135,27 @@ def supervised_factor(step: int, config: SupervisedConfig) -> float:
     return rise * (1 - (1 - config.final_lr_share) * fall)
 
 
+def micro_batches(batch: SupervisedBatch, size: int | None) -> Iterator[tuple[SupervisedBatch, float, float]]:
+    """Parts of at most `size` rows (None: the batch whole), each with its share of the target tokens and of the images.
+
+    Losses are means, so the parts' losses times these shares add up to the batch's. A part is cut to its longest row.
+    """
+    rows = len(batch.lengths)
+    predicted = max(1, int(batch.targets[:, 1:].sum()))
+    for part in torch.arange(rows).split(size or rows):
+        columns = int(batch.lengths[part].max())
+        yield (SupervisedBatch(batch.tokens[part, :columns], batch.lengths[part], batch.targets[part, :columns],
+                               batch.clean[part], batch.sigma[part], batch.noise[part]),
+               int(batch.targets[part, 1:].sum()) / predicted, len(part) / rows)
+
+
+def accumulate(metrics: dict[str, float], part: dict[str, float], text_share: float, image_share: float) -> None:
+    """Add a micro-batch's metrics: means by their share of the batch, counts as they are. A part without text adds none."""
+    shares = {"text/loss": text_share, "text/accuracy": text_share, "image/loss": image_share, "text/tokens": 1.0}
+    for name, value in part.items():
+        metrics[name] += shares[name] * value if shares[name] else 0.0
+
+
 def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optimizer],
                      batches: Callable[[int], SupervisedBatch], config: SupervisedConfig, *,
                      log: Callable[[int, dict[str, float]], None], save: Callable[[int], None], start_step: int = 0) -> None:
@@ -139,13 +166,16 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
     Raises: ValueError where the loss is not finite, naming the step.
     """
     for step in range(start_step, config.steps):
-        with torch.autocast(policy.model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            text_loss, image_loss, metrics = supervised_losses(policy, batches(step))
-        loss = config.text_weight * text_loss + config.image_weight * image_loss
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of step {step} is not finite (text {text_loss.item()}, image {image_loss.item()}); "
-                             "lower muon_lr or adam_lr in params")
-        loss.backward()
+        metrics: dict[str, float] = defaultdict(float)
+        for part, text_share, image_share in micro_batches(batches(step), config.micro_batch):
+            with torch.autocast(policy.model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                text_loss, image_loss, measured = supervised_losses(policy, part)
+            loss = config.text_weight * text_share * text_loss + config.image_weight * image_share * image_loss
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of step {step} is not finite (text {text_loss.item()}, image "
+                                 f"{image_loss.item()}); lower muon_lr or adam_lr in params")
+            loss.backward()
+            accumulate(metrics, measured, text_share, image_share)
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
         factor = supervised_factor(step, config)
@@ -154,5 +184,5 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
                 group["lr"] = group["peak_lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        log(step, metrics | {"lr_factor": factor})
+        log(step, {**metrics, "lr_factor": factor})
         save(step)

@@ -68,6 +68,8 @@ class TensorFiles:
             places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{index} must be JSON with a weight_map: {error!r}") from error
+        if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+            raise ValueError(f"{index} must map each tensor to its file in weight_map, got {str(places)[:80]}")
         shards = sorted(set(places.values()))
         for shard in shards:
             if Path(shard).name != shard:

@@ -22,7 +22,7 @@ class MoTConfig(PretrainedConfig):
         prediction: what llm2vae emits: "velocity" (BAGEL) or "clean", the clean image, which the model turns into
             a velocity. Clean-image prediction with the velocity loss learns far faster on raw pixel patches.
         min_sigma: the divisor's floor when a clean image becomes a velocity.
-        timestep_shift: shift of the schedule, used in training and sampling.
+        timestep_shift: shift of the noise levels in supervised training; sampling has its own (rollout.shift).
         vision: settings of the SigLIP tower that reads images, or None for a model without: hidden_size,
             intermediate_size, num_hidden_layers (as built: BAGEL 26), num_attention_heads, patch_size, image_size,
             and, if they differ from SigLIP's, num_channels and layer_norm_eps.

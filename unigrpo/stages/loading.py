@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unigrpo.adapters import detached, has_adapters, load_adapter, save_adapter
-from unigrpo.checkpoint import load_autoencoder, load_checkpoint, save_checkpoint
+from unigrpo.checkpoint import SOURCE_FILE, load_autoencoder, load_checkpoint, save_checkpoint
 from unigrpo.rollout import BagelPolicy
 from unigrpo.schema import Config
 
@@ -34,7 +35,7 @@ def load_policy(folder: Path, config: Config, *, dtype: torch.dtype | None = Non
     """
     device = compute_device(config.compute.device)
     model, tokenizer = load_checkpoint(folder, device=device, dtype=dtype)
-    if (folder / "adapter").is_dir() and not has_adapters(model):
+    if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")
     autoencoder = load_autoencoder(folder)
     if (autoencoder is None) != (config.autoencoder is None):
@@ -45,10 +46,14 @@ def load_policy(folder: Path, config: Config, *, dtype: torch.dtype | None = Non
     return BagelPolicy(model, tokenizer, system_prompt=config.rollout.system_prompt, autoencoder=autoencoder, **options)
 
 
-def save_policy(folder: Path, policy: BagelPolicy) -> None:
+def save_policy(folder: Path, policy: BagelPolicy, *, origin: Path | None = None) -> None:
     """Write a checkpoint folder: weights under official keys, autoencoder/ and adapter/ beside them where there are any.
 
     Adapters are not merged: the weights keep the bytes they were loaded with.
+
+    Args:
+        origin: the checkpoint that was trained. Where it was imported, the record of its release goes along, so that an
+            export can name the repository.
     """
     with detached(policy.model):
         save_checkpoint(folder, policy.model, policy.tokenizer)
@@ -56,3 +61,5 @@ def save_policy(folder: Path, policy: BagelPolicy) -> None:
         policy.autoencoder.save(folder / "autoencoder")
     if has_adapters(policy.model):
         save_adapter(folder / "adapter", policy.model)
+    if origin is not None and (origin / SOURCE_FILE).is_file():
+        shutil.copyfile(origin / SOURCE_FILE, folder / SOURCE_FILE)

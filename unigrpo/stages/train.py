@@ -42,11 +42,7 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
     with session("train", f"{scale}-{run}-{seed}", scale=scale, run=run, seed=seed, output=f"artifacts/{scale}/{run}/{seed}",
                  inputs=(prompts, sft), root=root, provenance=provenance) as stage:
         config = stage.config
-        policy = rl_policy(root / sft, config)
-        experts = trainable_experts(policy.model, config.train.experts)
-        if config.lora.rank == 0:  # with adapters the reference is the model without them
-            policy.freeze_reference([name for parameters in experts.values() for name in parameters])
-        optimizer = rl_optimizer(experts, config.optim, lr_scale=config.lora.lr_scale if config.lora.rank else 1.0)
+        policy, optimizer = rl_start(root / sft, config)
         start = resume(stage, policy, optimizer)
         records = read_records(root / prompts / "train.jsonl")
         probes = read_records(root / prompts / "validation.jsonl")[:config.train.probe_prompts]
@@ -58,8 +54,17 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
               draw=partial(generator, config.seed), log=partial(record, stage, policy, probes),
               save=partial(save, stage, policy, optimizer), start_step=start)
         policy.model.eval()
-        save_policy(stage.output / "checkpoint", policy)
+        save_policy(stage.output / "checkpoint", policy, origin=root / sft)
         return stage.write(summary(stage, policy))
+
+
+def rl_start(checkpoint: Path, config: Config) -> tuple[BagelPolicy, torch.optim.Optimizer]:
+    """The policy that a run starts from, its reference kept, and the optimizer of its trained experts."""
+    policy = rl_policy(checkpoint, config)
+    experts = trainable_experts(policy.model, config.train.experts)
+    if config.lora.rank == 0:  # with adapters the reference is the model without them
+        policy.freeze_reference([name for parameters in experts.values() for name in parameters])
+    return policy, rl_optimizer(experts, config.optim, lr_scale=config.lora.lr_scale if config.lora.rank else 1.0)
 
 
 def rl_policy(checkpoint: Path, config: Config) -> BagelPolicy:
