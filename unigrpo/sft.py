@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import concatenate_rows, encode_segments
 from unigrpo.models.mot import patchify
+from unigrpo.muon import Muon
 from unigrpo.rollout import DECODED_PIXELS, BagelPolicy
 from unigrpo.schema import SupervisedConfig
 
@@ -120,7 +121,7 @@ def supervised_optimizers(model: nn.Module, config: SupervisedConfig) -> list[to
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.0, momentum=0.95))
+        optimizers.append(Muon(matrices, lr=config.muon_lr))
     optimizers.append(torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
