@@ -82,12 +82,8 @@ def shuffled_rows(prompts: int, samples: int, seed: int) -> list[int]:
 
 @torch.no_grad()
 def draw(policy: BagelPolicy, pairs: Sequence[tuple[PromptRecord, int]], thoughts: Thoughts | None, config: Config, *,
-         guided: Sequence[bool], seed: int) -> list[np.ndarray]:
-    """Images (B, H, W, 3) for (prompt, sample) pairs, conditioned on the given thinking, or on the prompt alone.
-
-    Args:
-        guided: once without guidance, once with, or both, from one context.
-    """
+         guided: bool, seed: int) -> np.ndarray:
+    """Images (B, H, W, 3) for (prompt, sample) pairs, conditioned on the given thinking, or on the prompt alone."""
     settings, model = config.evaluate, policy.model
     tokens, lengths = (part.to(model.device)
                        for part in policy.encode([p for p, _ in pairs], thinking=thoughts is not None))
@@ -99,17 +95,17 @@ def draw(policy: BagelPolicy, pairs: Sequence[tuple[PromptRecord, int]], thought
     context = prefill(model, tokens, lengths, room=shape[0] + 2)
     noise = np.stack([generator(seed, "evaluate-latents", p.id, i).standard_normal(shape, np.float32) for p, i in pairs])
     guidance = None
-    if any(guided):
+    if guided:
         dropped = policy.dropped_context(len(pairs), thinking=thoughts is not None, room=shape[0] + 2)
         guidance = Guidance(dropped, settings.guidance_scale, settings.guidance_renorm, settings.guidance_interval)
-    sigmas = sigma_schedule(settings.num_steps, config.rollout.shift)
-    return [policy.decode(denoise(model, policy.markers, context, torch.from_numpy(noise), sigmas,
-                                  guidance=guidance if on else None).final_latents) for on in guided]
+    drawing = denoise(model, policy.markers, context, torch.from_numpy(noise),
+                      sigma_schedule(settings.num_steps, config.rollout.shift), guidance=guidance)
+    return policy.decode(drawing.final_latents)
 
 
 def draw_grid(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config,
               grid: Sequence[tuple[str, str]] = GRID, *, samples: int, batch: int, seed: int) -> Iterator[DrawnBatch]:
-    """All images of a benchmark, thinking by thinking, batch by batch, without and with guidance.
+    """All images of a benchmark, batch by batch, cell by cell.
 
     Args:
         prompts: P records; every one is drawn `samples` times in every cell of `grid`.
@@ -126,12 +122,10 @@ def draw_grid(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Conf
     if "greedy" in cells:
         once = write_thoughts(policy, [(p, 0) for p in prompts], config, seed=seed, batch=batch, greedy=True)
         thoughts["greedy"] = once.select([i for i in range(len(prompts)) for _ in range(samples)])
-    for cell in dict.fromkeys(cell for _, cell in grid):
-        scales = [cfg for cfg, other in grid if other == cell]
+    for cfg, cell in grid:
         source = thoughts[cell]
         for start in range(0, len(pairs), batch):
             part = pairs[start:start + batch]
             chosen = None if source is None else source.select(range(start, start + len(part)))
-            drawn = draw(policy, part, chosen, config, guided=[cfg == "on" for cfg in scales], seed=seed)
-            for cfg, images in zip(scales, drawn, strict=True):
-                yield DrawnBatch(cfg, cell, part, [""] * len(part) if chosen is None else chosen.texts, images)
+            images = draw(policy, part, chosen, config, guided=cfg == "on", seed=seed)
+            yield DrawnBatch(cfg, cell, part, [""] * len(part) if chosen is None else chosen.texts, images)
