@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -94,3 +97,18 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], shards: int, stem: st
         save_file({name: tensors[name] for name in part}, folder / shard, metadata={"format": "pt"})
         places.update(dict.fromkeys(part, shard))
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory) -> Path:
+    """A whole release: the 1,223 keys in one file."""
+    return write_release(tmp_path_factory.mktemp("release") / "BAGEL")
+
+
+def linked(folder: Path, target: Path) -> Path:
+    """A copy whose files may be replaced, not written into."""
+    return Path(shutil.copytree(folder, target, copy_function=os.link))
+
+
+def quiet(line: str) -> None:
+    """Takes the lines of an import or export."""

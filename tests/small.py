@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +39,24 @@ def small_policy(config: Config, seed: int = 0, **kwargs) -> BagelPolicy:
     with torch.no_grad():
         model.language_model.lm_head.weight[1:6] *= 0.3
     return BagelPolicy(model, tokenizer, system_prompt=config.rollout.system_prompt, **kwargs)
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4,
+          "image_size": 32}
+
+
+def reading_policy(words: list[str], **latents: Any) -> BagelPolicy:
+    """A random model that reads images, over a few words, with weights far from zero; `latents`: what it draws."""
+    tokenizer = word_tokenizer(words)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MoTModel(MoTConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_latent_size=8, vision=VISION, vit_max_patches=8, **latents)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return BagelPolicy(model, tokenizer, system_prompt="plan first")
 
 
 def small_prompts(count: int) -> list[PromptRecord]:

@@ -120,6 +120,8 @@ def test_round_trip_as_a_peft_folder(tmp_path):
     assert torch.equal(replayed(policy, rollouts), replayed(again, rollouts))
 
 
+# peft 0.21 asks models for a property that transformers 5 has renamed; ours touch neither name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning:transformers.modeling_utils")
 def test_peft_reads_the_folder(tmp_path):
     """Anyone with peft and the base weights gets the same model."""
     from peft import PeftModel

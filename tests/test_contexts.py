@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import sample, small_config, small_policy, small_prompts
+from small import reading_policy, sample, small_config, small_policy, small_prompts
 
 from unigrpo.contexts import (
     ImagePart,
@@ -17,31 +17,17 @@ from unigrpo.contexts import (
     read_system_prompt,
     take_rows,
 )
-from unigrpo.models.bagel import word_tokenizer
-from unigrpo.models.mot import MoTConfig, MoTModel
 from unigrpo.models.packing import Clean, Noised, Text, View, pack, packed_forward
 from unigrpo.rollout import BagelPolicy
 from unigrpo.sampling import Guidance, denoise, image_velocity, think
 
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4,
-          "image_size": 32}
 WORDS = ["plan", "first", "a", "red", "circle", "make", "it", "blue", "please"]
 
 
 @pytest.fixture(scope="module")
 def policy():
     """A model that reads images, with weights far from zero."""
-    tokenizer = word_tokenizer(WORDS)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = MoTModel(MoTConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, latent_channels=3, latent_patch_size=4, latent_downsample=1, max_latent_size=8,
-            image_size=(8, 12), vision=VISION, vit_max_patches=8)).eval()
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=0.3)
-    return BagelPolicy(model, tokenizer, system_prompt="plan first")
+    return reading_policy(WORDS, latent_channels=3, latent_patch_size=4, latent_downsample=1, image_size=(8, 12))
 
 
 def text(policy, *rows) -> TextPart:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import small_config, small_policy
+from small import reading_policy, small_config, small_policy
 
 from unigrpo.adapters import add_lora
 from unigrpo.checkpoint import save_checkpoint
@@ -18,8 +18,7 @@ from unigrpo.contexts import build_contexts, take_rows
 from unigrpo.generate import UnifiedPipeline
 from unigrpo.images import SizeRule, rgb, to_image, to_pixels
 from unigrpo.models.autoencoder import Autoencoder
-from unigrpo.models.bagel import word_tokenizer
-from unigrpo.models.mot import MoTConfig, MoTModel, patchify
+from unigrpo.models.mot import MoTConfig, patchify
 from unigrpo.stages.loading import save_policy
 
 PROMPTS = ["one red circle", "two blue squares"]
@@ -45,22 +44,12 @@ def pipe(folder):
 def reader(tmp_path_factory):
     """A checkpoint with everything: latents of an autoencoder, and a vision tower."""
     path = tmp_path_factory.mktemp("reader") / "checkpoint"
-    tokenizer = word_tokenizer(WORDS)
+    policy = reading_policy(WORDS, latent_channels=4, latent_patch_size=2, latent_downsample=2, image_size=(16, 16))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MoTModel(MoTConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, latent_channels=4, latent_patch_size=2, latent_downsample=2, max_latent_size=8,
-            image_size=(16, 16), vit_max_patches=8, vision={
-                "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4,
-                "image_size": 32})).eval()
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=0.3)
-        autoencoder = Autoencoder({"latent_channels": 4, "block_out_channels": (8, 8), "layers_per_block": 1,
-                                   "norm_num_groups": 4, "sample_size": 16})
-    save_checkpoint(path, model, tokenizer)
-    autoencoder.save(path / "autoencoder")
+        policy.autoencoder = Autoencoder({"latent_channels": 4, "block_out_channels": (8, 8), "layers_per_block": 1,
+                                          "norm_num_groups": 4, "sample_size": 16})
+    save_policy(path, policy)
     return UnifiedPipeline.from_pretrained(path, system_prompt="plan first")
 
 
@@ -220,7 +209,7 @@ def test_errors_name_what_is_wrong(pipe, reader, folder):
         reader(["red", "blue"], [picture()] * 3)
     with pytest.raises(ValueError, match="thinking needs the system prompt"):
         UnifiedPipeline.from_pretrained(folder)(PROMPTS[0])
-    with pytest.raises(ValueError, match="must hold config"):
+    with pytest.raises(ValueError, match="must be a folder, and there is none at"):
         UnifiedPipeline.from_pretrained(folder / "nowhere")
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_golden_bagel import CLOSE, Golden, needs, pytest_generate_tests  # noqa: F401  (parametrises this module too)
+from bagel_golden import CLOSE, Golden, needs, pytest_generate_tests  # noqa: F401  (parametrises this module too)
 
 from unigrpo.contexts import Contexts, ImagePart, TextPart, build_contexts, extend_text, take_rows
 from unigrpo.flow.guidance import combine_guidance

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
+import torch
 from small import ROOT, sample, small_config, small_policy, small_prompts
 
 from unigrpo.config import load_config
 from unigrpo.plan import gpu_plan, make_plan, model_sizes, plan_run, show_gpu, vocabulary_size
+from unigrpo.probe import measure
 from unigrpo.update import trainable_experts
 
 
@@ -34,9 +39,48 @@ def test_the_paper_s_arithmetic_by_hand():
 
 def test_probe_measures_every_stage():
     text = plan_run("smoke", "unigrpo", ROOT)
-    assert "seconds on this machine" in text
-    for stage in ("base", "sft", "train", "evaluate"):
-        assert f"  {stage}" in text
+    assert "time on this machine with compute.threads=" in text
+    for stage in ("base", "sft", "train", "evaluate, each checkpoint"):
+        assert re.search(rf"^  {stage} +\d+:\d\d$", text, re.MULTILINE)
+
+
+def test_probe_covers_autoencoder_and_adapters():
+    """Scale small, shrunk: latents of an autoencoder that is trained first, adapters in RL; every stage takes its time."""
+    config = load_config("small", run="unigrpo", root=ROOT)
+    change = {"model": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
+                        "num_key_value_heads": 2},
+              "base": {"texts_per_step": 2}, "sft": {"texts_per_step": 2},
+              "rollout": {"prompts_per_step": 2, "group_size": 2, "max_thinking_tokens": 6, "num_steps": 4},
+              "train": {"micro_batch": 2}, "lora": {"rank": 2}, "evaluate": {"prompts": 2, "num_steps": 2}}
+    config = config.model_copy(update={name: getattr(config, name).model_copy(update=values)
+                                       for name, values in change.items()})
+    training = config.autoencoder.training.model_copy(update={"images_per_step": 2})
+    config = config.model_copy(update={"autoencoder": config.autoencoder.model_copy(update={"training": training})})
+    threads = torch.get_num_threads()
+    seconds = measure(config)
+    assert torch.get_num_threads() == threads
+    assert list(seconds) == ["base", "sft", "train", "evaluate, each checkpoint"]
+    assert min(seconds.values()) > 0
+
+
+def test_small_is_planned_for_this_machine():
+    """No GPU is spoken of unless one is named, and the autoencoder's memory counts."""
+    text = plan_run("small", "unigrpo", ROOT, probe=False)
+    assert "h200" not in text
+    assert "GPU-hours" not in text
+    assert text.endswith("no time estimate: --no-probe")
+    assert "on 1 x h100" in plan_run("small", "unigrpo", ROOT, gpu="h100", gpus=1)
+    with pytest.raises(ValueError, match=r"without --gpu .* --price, --thinking would have no effect"):
+        plan_run("small", "unigrpo", ROOT, probe=False, price=3.0, thinking=4)
+
+
+def test_a_large_model_for_a_cpu_is_not_planned_for_gpus(tmp_path):
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    path = tmp_path / "params" / "scales" / "bagel_7b.yaml"
+    path.write_text(path.read_text().replace("device: auto", "device: cpu"))
+    text = plan_run("bagel_7b", "unigrpo", tmp_path)
+    assert "h200" not in text
+    assert "no time estimate: models of up to 100,000,000 parameters are timed here; --gpu plans for a GPU" in text
 
 
 # -- GPUs ------------------------------------------------------------------------------------------------------------
@@ -86,7 +130,7 @@ def test_a_plan_counts_what_adapters_train():
 
 
 def test_moments_of_the_peak_by_hand():
-    """Sampling holds caches and a layer's activations of all rows, an update those of a micro-batch; sft its whole batch."""
+    """Sampling holds caches and a layer's activations of all rows, an update those of a micro-batch."""
     plan = plan_of(bagel(), thinking=1022)  # 64 + 1022 + 2 + 4096 + 2 = 5186 columns, so 50 rollouts in a budget of 262,144
     memory = plan.memory                    # 96 rollouts a GPU: two turns of 48
     assert memory["caches of a rollout"] == 48 * 5186 * 57_344
@@ -97,16 +141,52 @@ def test_moments_of_the_peak_by_hand():
     moments = ("caches of a rollout", "activations of denoising", "whole weights for sampling", "decoding images",
                "activations of a micro-batch", "attention mask", "logits")
     assert plan.peak == sampling + sum(value for name, value in memory.items() if name not in moments)
+    assert "peak, while sampling" in show_gpu(plan)
+
+
+def test_memory_of_the_warm_up_by_hand():
+    """Float32 states of 1/8 of the model, two gathered layers, and what one micro-batch keeps."""
+    config = bagel(sft={"micro_batch": 2})
+    sizes = model_sizes(config, 152_064)
+    tokens = 64 + 1024 + 2 + 4098
+    kept = 3584 * 4 * 28 + (14 * 3584 + 4 * 18944) * 4
+    row = tokens * kept + tokens**2 * 3 + 1024 * 152_064 * 4 * 3
+    states = (4 * sizes.total + 12 * sizes.supervised) / 8 + 4 * sizes.autoencoder + 8 * sizes.layer
+    assert plan_of(config).warmup == pytest.approx(states + 2 * row)
+    assert plan_of(bagel(sft={"micro_batch": None})).warmup == pytest.approx(states + 8 * row)  # 64 texts on 8 GPUs
+    assert plan_of(bagel(sft={"micro_batch": 999})).warmup == pytest.approx(states + 8 * row)
+    small_texts = bagel(sft={"micro_batch": 1}, rollout={"max_thinking_tokens": 1})  # then encoding pictures is the peak
+    assert plan_of(small_texts, thinking=0).warmup == pytest.approx(states + 4 * 1024**2 * 4 * 3 * 128)
+
+
+def test_memory_of_an_evaluation_by_hand():
+    """Weights in bfloat16, 32 images with and without their condition in the cache, a layer's activations of all."""
+    plan = plan_of(bagel())
+    columns = 64 + 1024 + 2 + 4098
+    layer = 4098 * (8 * 3584 + 3 * 18944) * 2 + columns * 2 * 3584 * 2
+    assert plan.evaluation == pytest.approx(2 * 14_607_260_128 + 4 * 83_819_683 + 32 * (2 * columns * 57_344 + layer))
+    with_more = plan_of(bagel(evaluate={"batch": 128}))
+    assert "evaluate does not fit: lower evaluate.batch" in show_gpu(with_more)
 
 
 def test_the_plan_says_whether_sft_fits():
     """On one GPU RL with adapters fits; the warm-up, which trains every weight in float32, does not: 16 bytes of 14.6B."""
     lora = plan_of(bagel(lora={"rank": 64}), gpus=1)
     assert lora.warmup > 16 * 14.5e9
-    assert "which does not fit: lower sft.texts_per_step" in show_gpu(lora)
-    many = plan_of(bagel(), gpus=32)
-    assert many.warmup < many.usable
-    assert "which does not fit" not in show_gpu(many)
+    assert f"sft does not fit: it needs --gpus {lora.warmup_gpus}" in show_gpu(lora)
+    enough = plan_of(bagel(lora={"rank": 64}), gpus=lora.warmup_gpus)
+    assert enough.warmup < enough.usable
+    assert "does not fit" not in show_gpu(enough)
+    assert plan_of(bagel(lora={"rank": 64}), gpus=lora.warmup_gpus // 2).warmup > lora.usable
+
+
+def test_the_plan_names_what_is_not_there_yet(tmp_path):
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    text = plan_run("bagel_7b", "unigrpo", tmp_path)
+    assert "not there yet: checkpoints/BAGEL-7B-MoT (base.checkpoint; `unigrpo import-bagel` writes it)" in text
+    (tmp_path / "data/warmup").mkdir(parents=True)
+    (tmp_path / "data/warmup/examples.jsonl").touch()
+    assert "examples.jsonl" not in plan_run("bagel_7b", "unigrpo", tmp_path)
 
 
 def test_adapters_are_counted_as_peft_makes_them():
@@ -122,7 +202,7 @@ def test_adapters_are_counted_as_peft_makes_them():
 def test_checkpointing_saves_activations_and_costs_a_forward():
     on, off = plan_of(bagel(), gpus=16), plan_of(bagel(train={"activation_checkpointing": False}), gpus=16)
     assert on.memory["activations of a micro-batch"] < off.memory["activations of a micro-batch"] / 5
-    seconds = [next(s for stage, name, s in p.phases if name == "updates") for p in (on, off)]
+    seconds = [next(s for stage, name, s in p.phases if stage.startswith("train") and name == "updates") for p in (on, off)]
     assert seconds[0] == pytest.approx(seconds[1] * 4 / 3)
 
 
@@ -132,7 +212,7 @@ def test_cost_follows_from_hours():
     assert plan.gpu_hours == pytest.approx(8 * sum(plan.hours.values()))
     step = sum(s for stage, _, s in plan.phases if stage == "train, a step")
     assert plan.hours["train"] == pytest.approx(step * 2000 / 3600)
-    assert f"cost {plan.gpu_hours * 2.5:,.0f} at 2.5" in show_gpu(plan)
+    assert f"cost {plan.gpu_hours * 2.5:,.0f} at 2.5 a GPU-hour" in show_gpu(plan)
     halved = plan_of(bagel(), gpus=16)
     assert halved.hours["train"] == pytest.approx(plan.hours["train"] / 2, rel=0.05)
     shorter = plan_of(bagel(), thinking=0)
@@ -166,5 +246,5 @@ def test_bad_requests_name_the_choices():
 
 def test_the_command_answers_for_the_large_model():
     text = plan_run("bagel_7b", "unigrpo", ROOT, price=3.0)
-    for part in ("14,607,260,128", "on 8 x h200", "peak (sampling or updating)", "train, a step: denoising", "GPU-hours"):
+    for part in ("14,607,260,128", "on 8 x h200", "peak, while sampling", "train, a step: denoising", "GPU-hours"):
         assert part in text

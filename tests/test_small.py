@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from small import ROOT
+from whole_graph import FEW as FEW_STEPS
+from whole_graph import deep, project, released_graph, small_graph
 
 from unigrpo.config import load_config
 from unigrpo.stages import base, curate, evaluate, sft, train
@@ -33,23 +35,6 @@ FEW = {
 }
 FROZEN = ("embed_tokens", "lm_head", "vit_model", "connector", "vit_pos_embed", "latent_pos_embed", "time_embedder", "vae2llm",
           "llm2vae", "model.norm")
-
-
-def deep(values: dict, change: dict) -> dict:
-    """`change` over `values`, mapping by mapping."""
-    return {**values, **{k: deep(values.get(k) or {}, v) if isinstance(v, dict) else v for k, v in change.items()}}
-
-
-def project(folder: Path, few: dict) -> Path:
-    """A project root with the params of this one, `small` reduced, and runs for adapters and precision."""
-    shutil.copytree(ROOT / "params", folder / "params")
-    path = folder / "params" / "scales" / "small.yaml"
-    path.write_text(yaml.safe_dump(deep(yaml.safe_load(path.read_text()), few)))
-    runs = {"unigrpo": {}, "lora": {"lora": {"rank": 4, "alpha": 8}},
-            "bf16": {"train": {"precision": "bf16", "activation_checkpointing": True,
-                               "max_mismatch": {"text": 1.0, "image": 1.0e9}}}}
-    (folder / "params" / "runs.yaml").write_text(yaml.safe_dump(runs))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +126,34 @@ def test_warmup_on_a_folder_of_pictures(root, tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_graph_at_full_size(tmp_path):
-    """Every stage at the scale's own size, with a tenth of its steps."""
-    few = {"base": {"steps": 20}, "sft": {"steps": 10}, "train": {"num_steps": 2}, "autoencoder": {"training": {"steps": 60}},
-           "evaluate": {"prompts": 16}}
-    root = project(tmp_path, few)
-    curate.run("small", root=root)
-    base.run("small", root=root)
-    sft.run("small", root=root)
-    for run in ("unigrpo", "lora"):
-        train.run("small", run=run, seed=0, root=root)
-        assert any(name.startswith("bench/") for name in evaluate.run("small", checkpoint=f"{run}/0", root=root))
+    """Every stage at the scale's own size with few steps; `python tests/whole_graph.py` shows what each takes."""
+    graph = small_graph(project(tmp_path, FEW_STEPS))
+    results = graph.results
+    assert 0 < results["base"]["autoencoder/rmse"] < 0.25
+    for stage in ("base", "sft", "train unigrpo", "train lora"):
+        assert all(np.isfinite(value) for value in results[stage].values()), stage
+    assert results["train unigrpo"]["mismatch/text"] < 1e-4
+    assert results["train unigrpo"]["cost/images"] == 2 * 32
+    for name in ("base", "sft", "unigrpo/0", "lora/0"):
+        assert 0 <= results[f"evaluate {name}"]["bench/shapes/exact"] <= 1
+    assert graph.checkpoint("lora/0").joinpath("adapter", "adapter_model.safetensors").is_file()
+    assert (tmp_path / "artifacts" / "small" / "report" / "report.html").stat().st_size > 10_000
+    assert len(list((tmp_path / "images").glob("*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_a_release_through_the_whole_graph(tmp_path):
+    """BAGEL's layout at the scale's size: imported, trained, exported, imported, and the same pictures from the same seed."""
+    root = project(tmp_path, FEW_STEPS)
+    graph = released_graph(root)
+    assert 0 <= graph.results["evaluate unigrpo/0"]["bench/shapes/exact"] <= 1
+    ours, theirs = ({p.name: p.read_bytes() for p in (root / name).glob("*.png")} for name in
+                    ("released-images", "again-images"))
+    assert len(ours) == 4
+    assert ours == theirs
+    released, exported = (load_file(root / place / "ema.safetensors") for place in ("checkpoints/release", "exported"))
+    assert released.keys() == exported.keys()
+    frozen = [name for name in released if name.startswith(("vit_model", "connector"))]
+    assert frozen
+    assert all(torch.equal(released[name], exported[name]) for name in frozen)
+    assert any(not torch.equal(released[name], exported[name]) for name in released)

@@ -1,4 +1,6 @@
-"""What lies in a GPU's memory during RL, part by part, and the nearest settings where it does not fit; of sft the sum."""
+"""What lies in a GPU's memory during RL, part by part, and the nearest settings where it does not fit; of sft and of an
+evaluation the sum.
+"""
 
 from __future__ import annotations
 
@@ -96,20 +98,26 @@ def memory(case: Case) -> dict[str, float]:
     blocks, image = window_steps(config), model.grid[0] * model.grid[1]
     text, micro = case.prompt + case.thinking + 1, min(config.train.micro_batch, case.rows)
     tokens = text + blocks * (image + 2)
-    alive = (ALIVE_WIDTHS * model.hidden_size + ALIVE_INNER * model.intermediate_size) * item
-    expanded = 2 * model.num_attention_heads * model.head_dim * item  # keys and values, where a mask is needed
     guided = 2 if config.rollout.guidance_scale > 1 else 1
     if case.gpus > 1:  # gathering every layer for every token would leave the GPUs waiting
         parts["whole weights for sampling"] = float(item * sizes.total)
     return parts | {
         "trajectories": case.rows * (4.0 * blocks + 1) * image * model.token_channels * 4,
         "caches of a rollout": float(case.batch * case.context * cache_bytes(model, item) * guided),
-        "activations of denoising": float(case.batch * ((image + 2) * alive + case.context * expanded)),
+        "activations of denoising": denoising(model, case.context, item, case.batch),
         "decoding images": decoding(config, case.rows),
         "activations of a micro-batch": float(micro * tokens * kept(model, item, config.train.activation_checkpointing)),
         "attention mask": float(micro * tokens * tokens * (1 + item)),  # and once more as the kernel's bias
         "logits": float(micro * case.thinking * model.vocab_size * 4 * LOGIT_COPIES),
     }
+
+
+def denoising(model: MoTConfig, context: int, item: int, rows: int) -> float:
+    """Bytes of a layer's activations, at once, while the images of `rows` contexts are denoised."""
+    image = model.grid[0] * model.grid[1] + 2
+    alive = (ALIVE_WIDTHS * model.hidden_size + ALIVE_INNER * model.intermediate_size) * item
+    expanded = 2 * model.num_attention_heads * model.head_dim * item  # keys and values, where a mask is needed
+    return float(rows * (image * alive + context * expanded))
 
 
 def kept(model: MoTConfig, item: int, checkpointing: bool) -> int:
@@ -122,34 +130,75 @@ def decoding(config: Config, images: int) -> float:
     """Bytes alive while the autoencoder decodes, some of the images at a time."""
     if config.autoencoder is None:
         return 0.0
-    pixels = config.model.image_size[0] * config.model.image_size[1]
     widths = config.autoencoder.block_out_channels
-    return float(min(images, max(1, DECODED_PIXELS // pixels)) * pixels * 4 * ALIVE_PIXELS * widths[min(1, len(widths) - 1)])
+    return _full_resolution(config, images, widths[min(1, len(widths) - 1)])
+
+
+def encoding(config: Config, images: int) -> float:
+    """Bytes alive while the autoencoder encodes, some of the images at a time: its first level is the widest in bytes."""
+    return 0.0 if config.autoencoder is None else _full_resolution(config, images, config.autoencoder.block_out_channels[0])
+
+
+def _full_resolution(config: Config, images: int, width: int) -> float:
+    """ALIVE_PIXELS float32 tensors of that many channels, for the images that go through the autoencoder together."""
+    pixels = config.model.image_size[0] * config.model.image_size[1]
+    return float(min(images, max(1, DECODED_PIXELS // pixels)) * pixels * 4 * ALIVE_PIXELS * width)
+
+
+def warmup_rows(config: Config, gpus: int) -> tuple[int, int]:
+    """(texts of an sft step on one GPU, texts of one forward there)."""
+    rows = -(-config.sft.texts_per_step // gpus)
+    return rows, min(config.sft.micro_batch or rows, rows)
 
 
 def warmup_memory(case: Case) -> float:
-    """Bytes on each GPU at the peak of the sft stage: float32 weights, gradients and moments, its whole batch at once."""
+    """Bytes on each GPU at the peak of the sft stage: float32 weights, gradients and moments, and one micro-batch."""
     settings, model = case.config.sft, case.model
-    rows = -(-settings.texts_per_step // case.gpus)
+    rows, micro = warmup_rows(case.config, case.gpus)
     text, image = case.prompt + case.thinking + 2, model.grid[0] * model.grid[1] + 2
     tokens = text + settings.images_per_text * image
     item = 2 if settings.precision == "bf16" else 4
     batch = tokens * kept(model, 4, settings.activation_checkpointing) + tokens**2 * (1 + item)
     batch += case.thinking * model.vocab_size * 4 * TARGET_COPIES
     states = (4.0 * case.sizes.total + 12.0 * case.sizes.supervised) / case.gpus
-    return states + 4.0 * case.sizes.autoencoder + rows * batch
+    states += 4.0 * case.sizes.autoencoder + (2 * 4.0 * case.sizes.layer if case.gpus > 1 else 0.0)
+    return states + max(micro * batch, encoding(case.config, rows))
 
 
-SAMPLING = ("caches of a rollout", "activations of denoising", "whole weights for sampling")
-DECODING = ("decoding images", "whole weights for sampling")
-UPDATING = ("activations of a micro-batch", "attention mask", "logits")
+def warmup_gpus(case: Case, gpu: Gpu) -> int | None:
+    """The fewest GPUs (a power of two up to 64) that hold the sft stage, or None."""
+    counts = (2**n for n in range(7))
+    return next((n for n in counts if warmup_memory(replace(case, gpus=n)) <= USABLE * gpu.memory), None)
+
+
+def evaluation_memory(case: Case) -> float:
+    """Bytes on a GPU that draws evaluate.batch images side by side with guidance, from weights as training left them."""
+    config, model = case.config, case.model
+    item = 2 if config.train.precision == "bf16" else 4
+    rows = min(config.evaluate.batch, config.evaluate.prompts * config.evaluate.images_per_prompt)
+    drawn = denoising(model, case.context, item, rows) + 2.0 * rows * case.context * cache_bytes(model, item)
+    return float(item * case.sizes.total) + 4.0 * case.sizes.autoencoder + max(drawn, decoding(config, rows))
+
+
+MOMENTS = {"sampling": ("whole weights for sampling", "caches of a rollout", "activations of denoising"),
+           "decoding": ("whole weights for sampling", "decoding images"),
+           "updating": ("activations of a micro-batch", "attention mask", "logits")}
+"""Moment of a training step -> the parts alive in it alone; all others are there all the time."""
 
 
 def peak(parts: dict[str, float]) -> float:
     """Bytes at the worst of three moments: sampling, decoding what was sampled, and the update of a micro-batch."""
-    moments = (SAMPLING, DECODING, UPDATING)
-    always = sum(value for name, value in parts.items() if not any(name in moment for moment in moments))
-    return always + max(sum(parts.get(name, 0.0) for name in moment) for moment in moments)
+    always = sum(value for name, value in parts.items() if not any(name in names for names in MOMENTS.values()))
+    return always + _alive(parts, worst(parts))
+
+
+def worst(parts: dict[str, float]) -> str:
+    """The moment of the peak."""
+    return max(MOMENTS, key=lambda moment: _alive(parts, moment))
+
+
+def _alive(parts: dict[str, float], moment: str) -> float:
+    return sum(parts.get(name, 0.0) for name in MOMENTS[moment])
 
 
 def fits(case: Case, gpu: Gpu) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unigrpo.adapters import load_adapter
 from unigrpo.checkpoint import load_autoencoder, load_checkpoint
+from unigrpo.checks import check_checkpoint
 from unigrpo.contexts import THINK_PROMPT, ImagePart, Part, TextPart, build_contexts, read_system_prompt, take_rows
 from unigrpo.flow.guidance import Renorm
 from unigrpo.flow.schedule import sigma_schedule
@@ -89,6 +90,7 @@ class UnifiedPipeline:
         Raises: ValueError naming what the folder lacks.
         """
         folder = Path(folder)
+        check_checkpoint(folder)
         model, tokenizer = load_checkpoint(folder, device=device, dtype=dtype)
         if (folder / "adapter").is_dir():
             load_adapter(model, folder / "adapter")

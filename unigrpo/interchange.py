@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigrpo.checks import check_checkpoint, check_output
 from unigrpo.digests import sha256_path
 from unigrpo.models import official
 from unigrpo.models.configuration import MoTConfig
@@ -43,6 +44,8 @@ def fetch(source: str, *, revision: str | None = None) -> Path:
         if revision is not None:
             raise ValueError(f"--revision={revision} is of a hub repository, and {source} is a folder here; leave it out")
         return Path(source)
+    if Path(source).exists():
+        raise ValueError(f"the source must be the folder of a release, and {source} is a file; give the folder it lies in")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(f"the source must be a folder, or a hub repository such as {BASE_MODEL}, got {source!r}")
     from huggingface_hub import snapshot_download
@@ -74,8 +77,10 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
     from unigrpo.checkpoint import SOURCE_FILE
 
     release = official.Release(source)
-    report(f"{source}: {len(release.model.entries)} tensors, {release.model.size / 1e9:.2f} GB, and the autoencoder's "
+    report(f"{source}: {len(release.model.entries)} tensors, {size_text(release.model.size)}, and the autoencoder's "
            f"{len(release.autoencoder.entries)}: keys, shapes and types are right")
+    if not output.exists():
+        check_output(output, release.model.size + release.autoencoder.size)
     adapters = [name for name in ADAPTER_FILES if (source / name).is_file()]
     if adapters:
         merged_reader(release.model, source / "adapter")
@@ -128,8 +133,10 @@ def export_release(checkpoint: Path, output: Path, *, merge: bool = False, repor
 
     if output.exists():
         raise ValueError(f"{output} exists; remove it or give another folder")
+    check_checkpoint(checkpoint)
     config = read_config(checkpoint)
     files = TensorFiles.find(checkpoint, "model.safetensors")
+    check_output(output, files.size)
     dtype = str(DTYPES[files.entries["language_model.lm_head.weight"].dtype]).removeprefix("torch.") \
         if "language_model.lm_head.weight" in files.entries else "bfloat16"
     llm, vit = official.released_configs(config, dtype)
@@ -270,6 +277,8 @@ def read_digests(path: Path) -> dict[str, str]:
             if not match:
                 raise ValueError(f"{path}, line {number} must be a sha256 and a file name, got {line!r}")
             out[Path(match[2]).name] = match[1]
+    if not out:
+        raise ValueError(f"{path} must hold lines of a sha256 and a file name, and it holds none")
     return out
 
 
@@ -298,6 +307,11 @@ def _refuse_non_finite(name: str, tensor: Tensor) -> None:
                          "--no-finite-check")
 
 
+def size_text(size: int) -> str:
+    """Bytes as gigabytes, or as megabytes where they are fewer."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def _progress(verb: str, report: Report) -> Callable[[int, int], None]:
     """A line each tenth of the bytes."""
     told = 0
@@ -306,6 +320,6 @@ def _progress(verb: str, report: Report) -> Callable[[int, int], None]:
         nonlocal told
         if done * 10 // total > told:
             told = done * 10 // total
-            report(f"{verb} {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+            report(f"{verb} {size_text(done)} of {size_text(total)}")
 
     return progress

@@ -5,9 +5,8 @@ Seconds come from a one-step probe on this machine for small models, and from th
 
 from __future__ import annotations
 
-import time
+import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,23 @@ import torch
 
 from unigrpo.config import Config
 from unigrpo.evaluate import GRID
-from unigrpo.footprint import USABLE, Case, Sizes, adapter_count, fits, layer_sizes, memory, peak, refuse, warmup_memory
+from unigrpo.footprint import (
+    MOMENTS,
+    USABLE,
+    Case,
+    Sizes,
+    adapter_count,
+    evaluation_memory,
+    fits,
+    layer_sizes,
+    memory,
+    peak,
+    refuse,
+    warmup_gpus,
+    warmup_memory,
+    warmup_rows,
+    worst,
+)
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
 from unigrpo.roofline import guided_calls, window_steps
@@ -24,8 +39,7 @@ if TYPE_CHECKING:
     from unigrpo.roofline import Work
 
 MIB = 1024**2
-PROBE_LIMIT = 50_000_000  # parameters up to which the probe runs here
-PEAK = "peak (sampling or updating)"
+PROBE_LIMIT = 100_000_000  # parameters up to which a few steps run here: minutes on two cores for the 64M of `small`
 PROMPT_TOKENS = 64  # of system and user prompt, where nobody says how many
 
 
@@ -76,65 +90,59 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
         "evaluation images a checkpoint": len(GRID) * evaluation.prompts * evaluation.images_per_prompt,
     }
     case = Case(config, model, model_sizes(config, vocabulary), 1, PROMPT_TOKENS, rollout.max_thinking_tokens)
-    seconds = measure(config) if probe and total <= PROBE_LIMIT else {}
-    return Plan(counts, memory(case), seconds)
+    return Plan(counts, memory(case), probed(config, total) if probe and total <= PROBE_LIMIT else {})
 
 
-def measure(config: Config) -> dict[str, float]:
-    """Seconds of every stage, from one warm step of each kind with fresh weights on this machine."""
-    from unigrpo.evaluate import draw_grid
-    from unigrpo.evaluation.shapes import verdict_rows
-    from unigrpo.seeding import generator
-    from unigrpo.sft import supervised_optimizers, train_supervised
-    from unigrpo.stages.base import caption_batch, fresh_policy
-    from unigrpo.stages.train import rewards_of
-    from unigrpo.train import train
-    from unigrpo.update import rl_optimizer, trainable_experts
-    from unigrpo.worlds.shapes import sample_record
+def probed(config: Config, parameters: int) -> dict[str, float]:
+    """Seconds of every stage, measured here; says beforehand what is going on."""
+    from unigrpo.probe import measure
 
-    torch.set_num_threads(config.compute.threads)
-    policy = fresh_policy(config)
-    marks: list[float] = []
-    policy.model.train()
-    short = config.base.model_copy(update={"steps": 3})
-    train_supervised(policy, supervised_optimizers(policy.model, config.base), partial(caption_batch, policy, config), short,
-                     log=lambda step, metrics: marks.append(time.perf_counter()), save=lambda step: None)
-    supervised = marks[-1] - marks[-2]
-    prompts = [sample_record(generator(0, "plan", i)) for i in range(config.rollout.prompts_per_step)]
-    experts = trainable_experts(policy.model, config.train.experts)
-    policy.freeze_reference([name for parameters in experts.values() for name in parameters])
-    two = config.model_copy(update={"train": config.train.model_copy(update={"num_steps": 2})})
-    marks = []
-    train(policy, rl_optimizer(experts, config.optim), lambda step: prompts, partial(rewards_of, policy, config), two,
-          draw=partial(generator, 0), log=lambda *_: marks.append(time.perf_counter()), save=lambda step: None)
-    step = marks[-1] - marks[-2]
-    policy.model.eval()
-    count = min(32, config.evaluate.prompts)
-    records = [sample_record(generator(0, "plan-evaluate", i)) for i in range(count)]
-    start = time.perf_counter()
-    for batch in draw_grid(policy, records, config, samples=2, batch=config.evaluate.batch, seed=0):
-        verdict_rows(batch.images, [r for r, _ in batch.rows], batch.texts, samples=[i for _, i in batch.rows], cfg=batch.cfg,
-                     cell=batch.cell)
-    image = (time.perf_counter() - start) / (count * 2)
-    return {"base": supervised * config.base.steps, "sft": supervised * config.sft.steps,
-            "train": step * config.train.num_steps,
-            "evaluate, each checkpoint": image * config.evaluate.prompts * config.evaluate.images_per_prompt}
+    print(f"plan: timing a few steps of {parameters / 1e6:,.1f}M parameters here; --no-probe leaves it out", file=sys.stderr,
+          flush=True)
+    return measure(config)
+
+
+def show_counts(config: Config, plan: Plan) -> str:
+    """What the plan counts, as text."""
+    title = f"scale {config.scale}" + (f", run {config.run}" if config.run else "")
+    return "\n".join([title, "", *(f"  {name:<48}{value:>18,}" for name, value in plan.counts.items())])
 
 
 def show(config: Config, plan: Plan) -> str:
-    """The plan as text."""
+    """The plan of a run on this machine as text."""
     from unigrpo.progress import duration
+    from unigrpo.stages.loading import compute_device
 
-    title = f"scale {config.scale}" + (f", run {config.run}" if config.run else "")
-    lines = [title, "", *(f"  {name:<34}{value:>18,}" for name, value in plan.counts.items()), "", "memory, MiB"]
-    lines += [f"  {name:<34}{value / MIB:>18,.1f}" for name, value in plan.memory.items() if value]
-    lines += [f"  {PEAK:<34}{peak(plan.memory) / MIB:>18,.1f}", ""]
+    lines = [show_counts(config, plan), "", "memory of training, MiB"]
+    lines += [f"  {name:<48}{amount(value / MIB):>18}" for name, value in labelled(plan.memory)]
+    lines += [""]
     if plan.seconds:
-        lines += [f"seconds on this machine, {config.compute.threads} threads (from one step of each, fresh weights)"]
-        lines += [f"  {name:<34}{duration(value):>18}" for name, value in plan.seconds.items()]
+        where = torch.cuda.get_device_name() if compute_device(config.compute.device).type == "cuda" else (
+            f"this machine with compute.threads={config.compute.threads}")
+        lines += [f"time on {where}, from a few steps of each with fresh weights, h:mm:ss"]
+        lines += [f"  {name:<48}{duration(value):>18}" for name, value in plan.seconds.items()]
+    elif plan.counts["parameters"] > PROBE_LIMIT:
+        lines += [f"no time estimate: models of up to {PROBE_LIMIT:,} parameters are timed here; --gpu plans for a GPU"]
     else:
-        lines += [f"no time estimate: without --no-probe, models of up to {PROBE_LIMIT:,} parameters are timed here"]
+        lines += ["no time estimate: --no-probe"]
     return "\n".join(lines)
+
+
+def labelled(parts: dict[str, float]) -> list[tuple[str, float]]:
+    """Parts of the memory with the moments they are alive in, and the peak with its own."""
+    lines = []
+    for name, value in parts.items():
+        moments = [moment for moment, names in MOMENTS.items() if name in names]
+        if value:
+            lines.append((f"{', '.join(moments) or 'always'}: {name}", value))
+    order = ["always", *MOMENTS]
+    lines.sort(key=lambda line: order.index(line[0].split(":")[0].split(",")[0]))
+    return [*lines, (f"peak, while {worst(parts)}", peak(parts))]
+
+
+def amount(value: float) -> str:
+    """A number with three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,9 @@ class GpuPlan:
         memory: part -> bytes on each GPU. peak: bytes. phases: (stage, phase, seconds of one step or of the stage).
         hours: stage -> wall-clock hours. utilisation: share of the GPUs' peak arithmetic that a training step reaches.
         images: drawn in all of RL.
-        warmup: bytes on each GPU in the sft stage. usable: bytes of a GPU that a stage may take.
+        warmup: bytes on each GPU in the sft stage. warmup_gpus: the fewest that hold it; None: more than 64.
+        evaluation: bytes on a GPU that evaluates. usable: bytes of a GPU that a stage may take.
+        tokens: of prompt and thinking that time and memory are told for.
     """
 
     name: str
@@ -159,7 +169,10 @@ class GpuPlan:
     utilisation: float
     images: int
     warmup: float
+    warmup_gpus: int | None
+    evaluation: float
     usable: float
+    tokens: tuple[int, int]
 
     @property
     def gpu_hours(self) -> float:
@@ -178,7 +191,7 @@ def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: flo
     Raises: ValueError for an unknown GPU, a number of GPUs that does not divide the rollouts, or a run that does not fit:
         the message names the largest parts and the nearest settings that fit.
     """
-    from unigrpo.roofline import GPUS, Loads, evaluation_work, rollout_phases, training_phases, warmup_work
+    from unigrpo.roofline import GPUS, Loads, evaluation_work, rollout_phases, training_phases, warmup_phases
 
     if gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {sorted(GPUS)}, got {gpu!r}")
@@ -201,17 +214,18 @@ def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: flo
     step = rollout_phases(config, model, loads) | training_phases(config, model, loads)
     spent = {name: seconds(phase) for name, phase in step.items()}
     flops = sum(work.flops * count for work, count in step.values())
-    sample, samples = warmup_work(config, model, loads)
+    warmup = {name: seconds(phase) for name, phase in warmup_phases(
+        config, model, Loads(prompt, thinking, *warmup_rows(config, gpus))).items()}
     drawn = {name: seconds(phase) / gpus for name, phase in evaluation_work(config, model, loads).items()}
-    phases = (("sft", "a step", sample.seconds(device) * config.sft.texts_per_step / gpus),
+    phases = (*(("sft, a step", name, value) for name, value in warmup.items()),
               *(("train, a step", name, value) for name, value in spent.items()),
               *(("evaluate, a checkpoint", name, value) for name, value in drawn.items()))
-    hours = {"sft": sample.seconds(device) * samples / gpus / 3600,
+    hours = {"sft": sum(warmup.values()) * config.sft.steps / 3600,
              "train": sum(spent.values()) * config.train.num_steps / 3600,
-             "evaluate, base, sft and run": 3 * sum(drawn.values()) / 3600}
+             "evaluate (base, sft and the run)": 3 * sum(drawn.values()) / 3600}
     return GpuPlan(gpu, gpus, price, memory(case), peak(memory(case)), phases, hours,
                    flops / sum(spent.values()) / device.flops, rollouts * config.train.num_steps, warmup_memory(case),
-                   USABLE * device.memory)
+                   warmup_gpus(case, device), evaluation_memory(case), USABLE * device.memory, (prompt, thinking))
 
 
 def model_sizes(config: Config, vocabulary: int) -> Sizes:
@@ -235,32 +249,60 @@ def show_gpu(plan: GpuPlan) -> str:
     """A plan on GPUs as text."""
     from unigrpo.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, GPUS
 
-    gpu = GPUS[plan.name]
+    gpu, (prompt, thinking) = GPUS[plan.name], plan.tokens
     lines = [f"on {plan.gpus} x {plan.name}: {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e12:.2f} TB/s, "
-             f"{gpu.memory / 1e9:.0f} GB each ({gpu.source})", "", "memory on each GPU, GB"]
-    lines += [f"  {name:<34}{value / 1e9:>18,.2f}" for name, value in plan.memory.items() if value]
-    lines += [f"  {PEAK:<34}{plan.peak / 1e9:>18,.2f}", f"  {'peak of the sft stage':<34}{plan.warmup / 1e9:>18,.2f}",
-              *(["  which does not fit: lower sft.texts_per_step, take more GPUs, or start RL from a checkpoint",
-                 "  that was warmed up elsewhere"] if plan.warmup > plan.usable else []), "",
-              f"seconds, roofline at {COMPUTE_SHARE:.0%} of the arithmetic and {BANDWIDTH_SHARE:.0%} of the bandwidth"]
-    lines += [f"  {f'{stage}: {name}':<44}{value:>8,.1f}" for stage, name, value in plan.phases]
+             f"{gpu.memory / 1e9:.0f} GB each ({gpu.source}),",
+             f"with {prompt} tokens of prompt and {thinking:,} of thinking in every rollout (--thinking: on average)"]
+    if plan.gpus > 1:
+        lines += ["This version trains on one device: several are planned as full sharding would use them."]
+    lines += ["", "memory of training on each GPU, GB", *(f"  {name:<48}{amount(value / 1e9):>18}"
+                                                           for name, value in labelled(plan.memory))]
+    lines += ["", f"peaks of the stages on each GPU, of {plan.usable / 1e9:.1f} GB that may be used, GB"]
+    lines += [f"  {name:<48}{amount(value / 1e9):>18}"
+              for name, value in (("sft", plan.warmup), ("train", plan.peak), ("evaluate", plan.evaluation))]
+    lines += [f"  {line}" for line in _misfits(plan)]
+    lines += ["", f"seconds, roofline at {COMPUTE_SHARE:.0%} of the arithmetic and {BANDWIDTH_SHARE:.0%} of the bandwidth"]
+    lines += [f"  {f'{stage}: {name}':<48}{amount(value):>18}" for stage, name, value in plan.phases if value]
     lines += [f"  a training step reaches {plan.utilisation:.0%} of the peak arithmetic", "", "hours"]
-    lines += [f"  {stage:<34}{value:>18,.1f}" for stage, value in plan.hours.items()]
-    lines += ["", f"images {plan.images:,}, GPU-hours {plan.gpu_hours:,.0f}"
-              + ("" if plan.price is None else f", cost {plan.gpu_hours * plan.price:,.0f} at {plan.price:g} a GPU-hour")]
-    return "\n".join(lines)
+    lines += [f"  {stage:<48}{amount(value):>18}" for stage, value in plan.hours.items()]
+    cost = "--price tells the cost" if plan.price is None else (
+        f"cost {amount(plan.gpu_hours * plan.price)} at {plan.price:g} a GPU-hour")
+    return "\n".join([*lines, "", f"images {plan.images:,}, GPU-hours {amount(plan.gpu_hours)}, {cost}"])
+
+
+def _misfits(plan: GpuPlan) -> list[str]:
+    """What to do about the stages that do not fit; training does, or there would be no plan."""
+    lines = []
+    if plan.warmup > plan.usable:
+        least = "more than 64 GPUs" if plan.warmup_gpus is None else f"--gpus {plan.warmup_gpus}"
+        lines += [f"sft does not fit: it needs {least}, or start RL from a checkpoint that was warmed up elsewhere",
+                  "(docs/scales.md)"]
+    if plan.evaluation > plan.usable:
+        lines += ["evaluate does not fit: lower evaluate.batch in params"]
+    return lines
+
+
+def absent(config: Config, root: Path) -> list[str]:
+    """What a run reads and is not there yet, with where it comes from."""
+    places = ((config.base.checkpoint, "base.checkpoint; `unigrpo import-bagel` writes it"),
+              (config.sft.data, "sft.data; the examples of the warm-up, docs/scales.md"))
+    return [f"not there yet: {place} ({source})" for place, source in places if place and not (root / place).exists()]
 
 
 def vocabulary_size(config: Config, root: Path) -> int:
     """Of the scale's tokenizer: the imported checkpoint's (the released model's where it is not there yet), or the world's."""
-    import json
-
+    from unigrpo.models.official import read_json
     from unigrpo.worlds.shapes import vocabulary
 
     if config.base.checkpoint is None:
         return len(word_tokenizer(vocabulary()))
     path = root / config.base.checkpoint / "config.json"
-    return int(json.loads(path.read_text())["vocab_size"]) if path.is_file() else MoTConfig().vocab_size
+    if not path.is_file():
+        return MoTConfig().vocab_size
+    size = read_json(path).get("vocab_size")
+    if not isinstance(size, int):
+        raise ValueError(f"{path} must have a number under vocab_size, got {size!r}; import the checkpoint again")
+    return size
 
 
 def plan_run(scale: str, run: str, root: Path, *, probe: bool = True, gpu: str | None = None, gpus: int | None = None,
@@ -268,8 +310,9 @@ def plan_run(scale: str, run: str, root: Path, *, probe: bool = True, gpu: str |
     """The plan of a run, as text.
 
     Args:
-        gpu, gpus: a name of unigrpo.roofline.GPUS and how many; by default, for a model too large to probe here, h200 and
-            compute.resources.gpu. price: of a GPU-hour. thinking: tokens on average, at most rollout.max_thinking_tokens.
+        gpu, gpus: a name of unigrpo.roofline.GPUS and how many. Without, a model that is too large to be timed here is
+            planned for compute.resources.gpu h200s, unless compute.device is cpu.
+        price: of a GPU-hour. thinking: tokens on average, at most rollout.max_thinking_tokens.
     Raises: ValueError where the params do not fit together, or into the GPUs.
     """
     from unigrpo.config import load_config
@@ -279,11 +322,19 @@ def plan_run(scale: str, run: str, root: Path, *, probe: bool = True, gpu: str |
     if thinking is not None and not 0 <= thinking <= config.rollout.max_thinking_tokens:
         raise ValueError(f"--thinking={thinking} must lie in [0, rollout.max_thinking_tokens="
                          f"{config.rollout.max_thinking_tokens}]")
+    if price is not None and price < 0:
+        raise ValueError(f"--price must not be negative, got {price:g}")
     plan = make_plan(config, vocabulary=size, probe=probe and gpu is None)
-    large = plan.counts["parameters"] > PROBE_LIMIT
-    if gpu is None and not large:
-        return show(config, plan)
-    there = gpu_plan(config, vocabulary=size, gpu=gpu or "h200", gpus=config.compute.resources.gpu if gpus is None else gpus,
-                     price=price, thinking=thinking)
-    head = show(config, plan).split("\nmemory, MiB")[0]
-    return f"{head}\n{show_gpu(there)}"
+    there = config.compute.resources.gpu if gpus is None else gpus
+    if gpu is None and plan.counts["parameters"] > PROBE_LIMIT and config.compute.device != "cpu":
+        gpu = "h200"
+    if gpu is None:
+        given = {"--gpus": gpus, "--price": price, "--thinking": thinking}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"without --gpu this scale is planned for this machine, and {', '.join(unused)} would have no "
+                             "effect; name a GPU, or leave it out")
+        text = show(config, plan)
+    else:
+        on_gpus = gpu_plan(config, vocabulary=size, gpu=gpu, gpus=there, price=price, thinking=thinking)
+        text = f"{show_counts(config, plan)}\n\n{show_gpu(on_gpus)}"
+    return "\n".join([text, *(["", *lines] if (lines := absent(config, root)) else [])])

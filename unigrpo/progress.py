@@ -19,11 +19,12 @@ class Progress:
 
     Args:
         name: what is counted, shown first. total: steps. start: steps done before, by a run that was interrupted.
-        every: seconds between lines where the output is not a terminal.
+        unit: what a step is. every: seconds between lines where the output is not a terminal.
     """
 
-    def __init__(self, name: str, total: int, *, start: int = 0, every: float = 10.0, stream: TextIO | None = None) -> None:
-        self.name, self.total, self.start, self.every = name, total, start, every
+    def __init__(self, name: str, total: int, *, start: int = 0, unit: str = "steps", every: float = 10.0,
+                 stream: TextIO | None = None) -> None:
+        self.name, self.total, self.start, self.unit, self.every = name, total, start, unit, every
         self.stream = stream or sys.stderr
         self.done = start
         self.began = self.last = time.monotonic()
@@ -31,7 +32,7 @@ class Progress:
         if self.stream.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=start, desc=name, file=self.stream, dynamic_ncols=True, leave=True)
+            self.bar = tqdm(total=total, initial=start, desc=name, unit=f" {unit}", file=self.stream, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -57,5 +58,5 @@ class Progress:
         rate = (done - self.start) / seconds if seconds > 0 else 0.0
         eta = duration((self.total - done) / rate) if rate > 0 else "?"
         extras = "".join(f"  {key} {value}" for key, value in shown.items())
-        print(f"{self.name}: {done}/{self.total}  {duration(seconds)}  {rate:.2f} steps/s  ETA {eta}{extras}",
+        print(f"{self.name}: {done}/{self.total}  {duration(seconds)}  {rate:.2f} {self.unit}/s  ETA {eta}{extras}",
               file=self.stream, flush=True)

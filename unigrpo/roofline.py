@@ -209,10 +209,10 @@ def evaluation_work(config: Config, model: MoTConfig, loads: Loads) -> dict[str,
             "decoding images": (autoencoder_work(config)[1], len(GRID) * images)}
 
 
-def warmup_work(config: Config, model: MoTConfig, loads: Loads) -> tuple[Work, int]:
-    """(work of one sample, samples) of the sft stage."""
-    settings = config.sft
-    text = loads.prompt + loads.thinking
-    forward = packed_forward(model, text, settings.images_per_text, text)
+def warmup_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
+    """Phase -> (work of a call, calls), of one GPU's share of a step of the sft stage: `rows` texts, `batch` a forward."""
+    settings, text = config.sft, loads.prompt + loads.thinking
+    forward = packed_forward(model, text, settings.images_per_text, text, loads.batch)
     factor = passes(checkpointing=settings.activation_checkpointing, adapters=False)
-    return forward * factor + autoencoder_work(config)[0], settings.steps * settings.texts_per_step
+    return {"encoding images": (autoencoder_work(config)[0], loads.rows),
+            "updates": (forward * factor, -(-loads.rows // loads.batch))}

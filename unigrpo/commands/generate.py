@@ -88,7 +88,7 @@ def answer_all(pipe: Any, args: argparse.Namespace, prompts: list[str], todo: li
     from unigrpo.progress import Progress
 
     finished = len(prompts) - len(todo)
-    with Progress("understand", len(prompts), start=finished) as progress:
+    with Progress("understand", len(prompts), start=finished, unit="answers") as progress:
         for done, index in enumerate(todo, start=finished + 1):
             answer = pipe.understand(prompts[index], image, system_prompt=args.system_prompt or "",
                                      max_tokens=args.max_thinking_tokens, temperature=args.temperature, seed=args.seed)
@@ -106,7 +106,7 @@ def draw_all(pipe: Any, args: argparse.Namespace, prompts: list[str], todo: list
     def tell(progress: Progress, before: int) -> Callable[[int], None]:
         return lambda done: progress.step(before + done)
 
-    with Progress("generate", len(prompts) * args.num_images, start=finished) as progress:
+    with Progress("generate", len(prompts) * args.num_images, start=finished, unit="images") as progress:
         for start in range(0, len(todo), together):
             chosen = todo[start:start + together]
             entries: list[list[dict[str, Any]]] = [[] for _ in chosen]
@@ -126,7 +126,7 @@ def draw_all(pipe: Any, args: argparse.Namespace, prompts: list[str], todo: list
                     entries[row // count].append({"file": name, "seed": out.seeds[row], "thinking": out.thinking[row]})
             for index, images in zip(chosen, entries, strict=True):
                 write_json(args.output / f"{index:05d}.json", {"prompt": prompts[index], "images": images})
-    print(f"{len(todo)} prompts, {len(todo) * args.num_images} images in {args.output}")
+    print(f"prompts {len(todo)}, images {len(todo) * args.num_images}, in {args.output}")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -135,19 +135,35 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is not None:
         if not args.prompts.is_file():
             raise ValueError(f"--prompts must be a file, and {args.prompts} is none")
-        for number, line in enumerate(args.prompts.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            if line.lstrip().startswith("{"):
-                try:
-                    prompts.append(str(json.loads(line)["prompt"]))
-                except (json.JSONDecodeError, KeyError) as error:
-                    raise ValueError(f"{args.prompts}:{number} must be JSON with the key prompt: {error}") from error
-            else:
-                prompts.append(line.strip())
+        found = [prompt_of(line, f"{args.prompts}:{number}") for number, line in enumerate(text_of(args.prompts), start=1)
+                 if line.strip()]
+        if not found:
+            raise ValueError(f"--prompts must hold a prompt a line, and {args.prompts} is empty")
+        prompts += found
     if not prompts:
         raise ValueError("give a prompt with --prompt, or a file of them with --prompts")
     return prompts
+
+
+def text_of(path: Path) -> list[str]:
+    """A file's lines. Raises ValueError if it is no text."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts must be text in UTF-8, and {path} is not: {error}") from error
+
+
+def prompt_of(line: str, place: str) -> str:
+    """The prompt of a line: the line, or its key prompt where it is a JSON object. Raises ValueError naming the place."""
+    if not line.lstrip().startswith("{"):
+        return line.strip()
+    try:
+        prompt = json.loads(line).get("prompt")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} must be a JSON object with the key prompt, or plain text: {error}") from error
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{place} must have a text under the key prompt, got {prompt!r}")
+    return prompt
 
 
 def open_image(path: Path | None) -> Any:
@@ -188,13 +204,16 @@ def claim_output(folder: Path, settings: dict[str, Any], prompts: int, overwrite
 
     Raises: ValueError if it holds anything else than an earlier part of the same run.
     """
+    from unigrpo.checks import check_output
+
     marker = folder / RUN_FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output must be a folder, and {folder} is a file")
+    check_output(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not marker.is_file() and [path.name for path in folder.iterdir()] != [PARTIAL]:
             raise ValueError(f"--output {folder} holds files that this command did not write; give an empty or a new folder")
-        if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) != settings:
+        if marker.is_file() and recorded(marker) != settings:
             if not overwrite:
                 raise ValueError(f"--output {folder} holds another run (see its {RUN_FILE}); give another folder, or "
                                  "--overwrite to replace it")
@@ -204,6 +223,14 @@ def claim_output(folder: Path, settings: dict[str, Any], prompts: int, overwrite
     folder.mkdir(parents=True, exist_ok=True)
     write_json(marker, settings)
     return [i for i in range(prompts) if not (folder / f"{i:05d}.json").is_file()]
+
+
+def recorded(marker: Path) -> Any:
+    """What the folder was made with; None where that is damaged, which no run equals."""
+    try:
+        return json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def clear(folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""The tracker: down, killed, cut short, cold; no stage stops for it, and it gets everything later."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from unigrpo.tracking import Journal, track
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {"scale": "smoke", "seed": 3, "optim": {"lr": 0.1}}
+
+
+def rows(root: Path, query: str) -> list[tuple]:
+    with sqlite3.connect(root / "mlflow.db") as connection:
+        return connection.execute(query).fetchall()
+
+
+def test_a_tracker_that_is_down_never_stops_a_stage_and_gets_all_later(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gallery").mkdir()
+    (tmp_path / "gallery" / "gallery.json").write_text("[]")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
+    with track("train", "x", CONFIG, {"git_commit": "abc"}, tmp_path) as tracker:
+        tracker.log_metrics(0, {"reward/mean": 0.25, "text/entropy": float("nan")})
+        tracker.log_metrics(1, {"reward/mean": 0.5})
+        tracker.log_artifacts(tmp_path / "gallery")
+    said = capsys.readouterr().err
+    assert said.count("does not answer") == 1
+    assert not (tmp_path / "mlflow.db").exists()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    with track("evaluate", "y", CONFIG, {}, tmp_path) as tracker:
+        tracker.log_metrics(0, {"bench/shapes/exact": 1.0})
+    runs = {name: (uuid, status) for uuid, name, status in rows(tmp_path, "select run_uuid, name, status from runs")}
+    assert {name: status for name, (_, status) in runs.items()} == {"train/x": "FINISHED", "evaluate/y": "FINISHED"}
+    late = runs["train/x"][0]
+    metrics = rows(tmp_path, f"select key, step, value from metrics where run_uuid = '{late}' and key not like 'system/%'")
+    assert sorted(metrics) == [("reward/mean", 0, 0.25), ("reward/mean", 1, 0.5), ("tracking/not_finite", 0, 1.0)]
+    tags = dict(rows(tmp_path, f"select key, value from tags where run_uuid = '{late}'"))
+    assert (tags["git.commit"], tags["git.dirty"], tags["seed"]) == ("abc", "unknown", "3")
+    assert dict(rows(tmp_path, f"select key, value from params where run_uuid = '{late}'"))["optim.lr"] == "0.1"
+    assert list((tmp_path / "mlartifacts" / "smoke" / late).rglob("gallery.json"))
+    assert rows(tmp_path, "select name, artifact_location from experiments where name = 'smoke'") == [
+        ("smoke", (tmp_path / "mlartifacts").as_uri() + "/smoke")]
+
+
+def test_a_run_that_the_store_no_longer_has_is_told_anew(tmp_path):
+    """Somebody removed mlflow.db while a run of it was unfinished: its records go into a new run, and block no other."""
+    (tmp_path / "resume").mkdir()
+    with track("train", "x", CONFIG, {}, tmp_path, tmp_path / "resume") as tracker:
+        tracker.log_metrics(0, {"reward/mean": 0.25})
+    note, = (tmp_path / ".unigrpo" / "tracking").glob("*.sent")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"run_id": "0" * 32}))  # an id that this store never gave
+    with track("train", "x", CONFIG, {}, tmp_path, tmp_path / "resume") as tracker:
+        tracker.log_metrics(1, {"reward/mean": 0.5})
+    assert not tracker.down
+    new = json.loads(note.read_text())["run_id"]
+    told = rows(tmp_path, f"select step, value from metrics where key = 'reward/mean' and run_uuid = '{new}' order by step")
+    assert told == [(0, 0.25), (1, 0.5)]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from unigrpo.tracking import track
+root, die = Path(sys.argv[1]), sys.argv[2] == "die"
+with track("train", "x", {"scale": "smoke", "seed": 0}, {}, root, root / "resume") as tracker:
+    tracker.log_metrics(0 if die else 1, {"reward/mean": 0.5})
+    tracker.send()
+    if die:
+        os._exit(9)
+"""
+
+
+def test_a_killed_stage_reopens_its_run_and_an_abandoned_one_is_closed(tmp_path):
+    (tmp_path / "resume").mkdir()
+    run = [sys.executable, "-c", KILLED, str(tmp_path)]
+    assert subprocess.run([*run, "die"], cwd=ROOT).returncode == 9
+    assert rows(tmp_path, "select status from runs") == [("RUNNING",)]
+    subprocess.run([*run, "live"], cwd=ROOT, check=True)
+    assert rows(tmp_path, "select status from runs") == [("FINISHED",)]
+    assert sorted(rows(tmp_path, "select step from metrics where key = 'reward/mean'")) == [(0,), (1,)]
+    (tmp_path / "resume" / "tracking.key").unlink()
+    assert subprocess.run([*run, "die"], cwd=ROOT).returncode == 9
+    with track("sft", "z", CONFIG, {}, tmp_path):
+        pass
+    assert sorted(rows(tmp_path, "select name, status from runs")) == [
+        ("sft/z", "FINISHED"), ("train/x", "FINISHED"), ("train/x", "KILLED")]
+
+
+def test_a_record_cut_short_by_a_kill_does_not_spoil_the_next(tmp_path):
+    journal = Journal(tmp_path, "k")
+    journal.append("metrics", step=0, values={"a": 1.0})
+    with journal.path.open("a") as file:
+        file.write('{"kind": "metr')
+    journal.mend()
+    journal.append("metrics", step=1, values={"a": 2.0})
+    assert [record["kind"] for record in journal.records()] == ["metrics", "torn", "metrics"]
+    assert json.loads(journal.path.read_text().splitlines()[-1])["step"] == 1
+
+
+def test_four_first_users_of_a_cold_database(tmp_path):
+    code = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from unigrpo.tracking import track
+        with track("train", sys.argv[2], {"scale": "smoke", "seed": 0}, {}, Path(sys.argv[1])) as tracker:
+            tracker.log_metrics(0, {"reward/mean": 1.0})
+        sys.exit(tracker.down)
+    """)
+    users = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"x{i}"], cwd=ROOT) for i in range(4)]
+    assert [user.wait() for user in users] == [0, 0, 0, 0]
+    assert rows(tmp_path, "select count(*), count(distinct experiment_id) from runs where status = 'FINISHED'") == [(4, 1)]
