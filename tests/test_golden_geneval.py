@@ -7,10 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from conftest import golden_files
 
 from unigrpo.evaluation.geneval import (
+    COLORS,
     Options,
     compute_iou,
     flow_grpo_reward,
@@ -18,6 +20,14 @@ from unigrpo.evaluation.geneval import (
     relative_position,
     summarize,
     verdict,
+)
+from unigrpo.evaluation.geneval_color import (
+    BACKGROUND,
+    color_logits,
+    color_names,
+    color_prompts,
+    color_weights,
+    crop_object,
 )
 from unigrpo.types import PromptRecord
 
@@ -36,8 +46,14 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+LISTS = {"test_verdicts": "cases", "test_flow_grpo_rewards": "cases", "test_aggregate": "aggregate",
+         "test_relative_position": "relative_position", "test_compute_iou": "compute_iou", "test_crops": "crops",
+         "test_color_head": "color_head"}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    paths = golden_files(metafunc.config, "geneval.json")
+    wanted = LISTS.get(metafunc.function.__name__)  # a folder that lacks the list has nothing to collect
+    paths = [path for path in golden_files(metafunc.config, "geneval.json") if wanted is None or load(path).get(wanted)]
     metafunc.parametrize("golden", [load(path) for path in paths], ids=[str(path.parent.name) for path in paths])
 
 
@@ -103,3 +119,26 @@ def test_relative_position(golden: dict[str, Any]) -> None:
 def test_compute_iou(golden: dict[str, Any]) -> None:
     for case in golden["compute_iou"]:
         assert compute_iou(case["box_a"], case["box_b"]) == pytest.approx(case["expected"], abs=1e-7), case
+
+
+def test_crops(golden: dict[str, Any]) -> None:
+    for case in golden["crops"]:
+        settings = {"background": case["options"].get("bgcolor", BACKGROUND), "crop": case["options"].get("crop", "1") != "0"}
+        assert set(case["options"]) <= {"bgcolor", "crop"}, case["options"]
+        mask = None if case["mask"] is None else np.array(case["mask"], dtype=bool)
+        image = np.array(case["image"], dtype=np.uint8)
+        assert crop_object(image, case["box"], mask, **settings).tolist() == case["expected"], case["box"]
+
+
+def test_color_head(golden: dict[str, Any]) -> None:
+    for case in golden["color_head"]:
+        assert color_prompts(case["class"]) == [case["prompts"][color] for color in COLORS]
+        texts = [[case["text_embeddings"][text] for text in row] for row in color_prompts(case["class"])]
+        logits = color_logits(color_weights(np.array(texts)), np.array(case["image_embeddings"]))
+        np.testing.assert_allclose(logits, case["expected_logits"], atol=1e-3)
+        assert color_names(logits) == case["expected_colors"]
+
+
+def test_every_list_of_the_file_is_tested(golden: dict[str, Any]) -> None:
+    assert {key for key, value in golden.items() if isinstance(value, list) or key == "aggregate"} <= set(LISTS.values())
+    assert set(LISTS) == {name for name in globals() if name.startswith("test_")} - {"test_every_list_of_the_file_is_tested"}
