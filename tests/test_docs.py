@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/algorithm.md", "docs/pipeline.md", "docs/curves.md", "docs/scales.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/algorithm.md", "docs/pipeline.md", "docs/curves.md", "docs/scales.md",
+         "docs/checkpoints.md", "docs/generation.md", "docs/prompts.md", "docs/rewards.md", "docs/scoring.md",
+         "docs/scoring_t2i.md", "docs/sentinel.md"]
 
 
 def text_of(page: str) -> str:

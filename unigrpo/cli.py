@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from unigrpo.commands import export, generate, import_bagel
+from unigrpo.commands import doctor, export, generate, import_bagel, parse_prompts, prompts, score, serve_rewards
 
 
 def project_root() -> Path:
@@ -128,6 +128,11 @@ def parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     import_bagel.add_parser(commands)
     export.add_parser(commands)
+    score.add_parser(commands)
+    parse_prompts.add_parser(commands)
+    doctor.add_parser(commands)
+    serve_rewards.add_parser(commands)
+    prompts.add_parser(commands)
     return top
 
 

@@ -14,10 +14,12 @@ CHUNK = 1 << 20  # bytes
 # Modules that record, report or schedule, and so cannot move a number. dvc.yaml leaves them out of every stage's
 # dependencies, and a change in them leaves an interrupted run resumable.
 RECORDERS = frozenset({
-    "unigrpo", "unigrpo.__main__", "unigrpo.cli", "unigrpo.closure", "unigrpo.commands", "unigrpo.commands.export",
-    "unigrpo.commands.generate", "unigrpo.commands.import_bagel", "unigrpo.digests", "unigrpo.experiment",
-    "unigrpo.footprint", "unigrpo.generate", "unigrpo.interchange", "unigrpo.plan", "unigrpo.progress", "unigrpo.resume",
-    "unigrpo.roofline", "unigrpo.stages", "unigrpo.tracking"})
+    "unigrpo", "unigrpo.__main__", "unigrpo.checks", "unigrpo.cli", "unigrpo.closure", "unigrpo.commands",
+    "unigrpo.commands.doctor", "unigrpo.commands.export", "unigrpo.commands.generate", "unigrpo.commands.import_bagel",
+    "unigrpo.commands.parse_prompts", "unigrpo.commands.prompts", "unigrpo.commands.score", "unigrpo.commands.score_canary",
+    "unigrpo.commands.score_compbench", "unigrpo.commands.score_geneval", "unigrpo.commands.serve_rewards",
+    "unigrpo.digests", "unigrpo.experiment", "unigrpo.footprint", "unigrpo.generate", "unigrpo.interchange", "unigrpo.plan",
+    "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.stages", "unigrpo.tracking"})
 
 
 def sha256_json(value: Any) -> str:
