@@ -33,7 +33,7 @@ from unigrpo.footprint import (
 )
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
-from unigrpo.roofline import guided_calls, window_steps
+from unigrpo.roofline import rollout_calls, window_steps
 
 if TYPE_CHECKING:
     from unigrpo.roofline import Work
@@ -74,8 +74,6 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
     model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
     optimised = adapter_count(config, model) if config.lora.rank else sum(trained[name] for name in train.experts)
     group = rollout.group_size
-    calls = rollout.num_steps if rollout.guidance_scale <= 1 else guided_calls(
-        rollout.num_steps, rollout.shift, rollout.guidance_interval)
     rollouts = rollout.prompts_per_step * group
     counts = {
         "parameters": total, "parameters, understanding experts": understanding,
@@ -83,7 +81,7 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
         "prompts a step": rollout.prompts_per_step, "rollouts a prompt": group, "images a step": rollouts,
         "updates a step": train.updates_per_rollout, "rollouts an update": rollouts // train.updates_per_rollout,
         "micro-batches an update": max(1, rollouts // train.updates_per_rollout // train.micro_batch),
-        "model calls an image": calls, "trained denoising steps an image": window_steps(config),
+        "model calls an image": rollout_calls(rollout), "trained denoising steps an image": window_steps(config),
         "thinking tokens at most": rollout.max_thinking_tokens, "steps": train.num_steps,
         "prompts in all": train.num_steps * rollout.prompts_per_step, "images in all": train.num_steps * rollouts,
         "updates in all": train.num_steps * train.updates_per_rollout,

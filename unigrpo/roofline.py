@@ -18,6 +18,7 @@ from unigrpo.evaluate import GRID
 from unigrpo.flow.guidance import guidance_active
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.models.mot import MoTConfig
+from unigrpo.schema import RolloutConfig
 
 COMPUTE_SHARE = 0.4  # of the peak: what well-tuned training of models of this size reaches (PaLM arXiv:2204.02311: 0.46)
 BANDWIDTH_SHARE = 0.7  # of the peak: what decoding one token at a time reaches
@@ -169,15 +170,20 @@ class Loads:
     batch: int
 
 
+def rollout_calls(rollout: RolloutConfig) -> int:
+    """Model calls of one image of a rollout."""
+    if rollout.guidance_scale <= 1:
+        return rollout.num_steps
+    return guided_calls(rollout.num_steps, rollout.shift, rollout.guidance_interval)
+
+
 def rollout_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
     """Phase -> (work of one call, number of calls), of one GPU's share of a training step's rollouts."""
     rollout = config.rollout
     context = loads.prompt + loads.thinking + 2
     turns = -(-loads.rows // loads.batch)
-    calls = rollout.num_steps if rollout.guidance_scale <= 1 else guided_calls(
-        rollout.num_steps, rollout.shift, rollout.guidance_interval)
     return {"thinking": (decode_step(model, loads.prompt + loads.thinking / 2, loads.batch), turns * loads.thinking),
-            "denoising": (image_forward(model, context, loads.batch), turns * calls),
+            "denoising": (image_forward(model, context, loads.batch), turns * rollout_calls(rollout)),
             "decoding images": (autoencoder_work(config)[1], loads.rows)}
 
 
