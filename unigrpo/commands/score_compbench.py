@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unigrpo.progress import Progress
+
 CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 
 
@@ -85,19 +87,43 @@ def run(args: argparse.Namespace) -> int:
     models = Models(**scorers, labels=labels, min_score=args.min_score)
     cache = ScoreCache(args.cache or args.folder / "scores.cache.jsonl")
     for name in folders:
+        bars = Bars()
         try:
             score = score_category(files[name], images[name], models, parses, cache, official=not args.corrected,
-                                   partial=args.allow_partial, batch=args.batch)
+                                   partial=args.allow_partial, batch=args.batch, progress=bars.step)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
             raise ValueError(f"the GPU's memory is full: lower --batch; finished answers are kept ({error})") from error
+        finally:
+            bars.close()
         output = args.output or args.folder / score.record["name"]
         if args.output is not None and len(folders) > 1:
             output /= name
         write_score(output, score)
         print("\n".join([*lines(score.record), f"  wrote    {output}"]), flush=True)
     return 0
+
+
+class Bars:
+    """A progress line for each model that is asked, one after the other."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` images are done by the model of this name; the first call of a name tells where it starts."""
+        if self.bar is None or self.bar.name != name:
+            self.close()
+            self.bar = Progress(name, total, start=done, unit="images")
+        elif done != self.bar.done:
+            self.bar.step(done)
+
+    def close(self) -> None:
+        """End the line."""
+        if self.bar is not None:
+            self.bar.__exit__()
+            self.bar = None
 
 
 def category_folders(folder: Path, categories: Sequence[str] | None) -> dict[str, Path]:

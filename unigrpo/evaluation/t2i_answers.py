@@ -24,7 +24,6 @@ from unigrpo.evaluation.backends.cache import ScoreCache, score_key
 from unigrpo.evaluation.images import read_image
 from unigrpo.evaluation.parses import Parse
 from unigrpo.evaluation.t2i_compbench import attribute_score, questions, similarity_text
-from unigrpo.progress import Progress
 
 Pixels = npt.NDArray[np.uint8]
 DEPTH_RULES = "3d rules 1"   # a new number where position_3d or find_3d changes, so that kept scores are made again
@@ -46,6 +45,7 @@ class Work:
     Args:
         prompts, paths, digests: one per image, by number; digests are sha256 of the files.
         cache: of answers. batch: images a model sees at once.
+        progress: told what is asked, how many images are done and how many there are.
     """
 
     prompts: tuple[str, ...]
@@ -53,26 +53,31 @@ class Work:
     digests: tuple[str, ...]
     cache: ScoreCache
     batch: int
+    progress: Callable[[str, int, int], None] | None = None
 
     def ask(self, name: str, keys: Sequence[Sequence[str]],
             run: Callable[[list[int], list[Pixels]], Sequence[Sequence[Any]]]) -> list[list[Any]]:
         """The values of all keys, those that the cache lacks made by `run`.
 
         Args:
-            name: what is asked, for the progress bar. keys: per image, one for each of its values.
+            name: what is asked, for the progress. keys: per image, one for each of its values.
             run: (indices of images, their pixels) -> the values of these images, as many as each has keys.
         """
         pending = [index for index, wanted in enumerate(keys) if any(key not in self.cache for key in wanted)]
         done = len(keys) - len(pending)
-        with Progress(name, len(keys), start=done) as progress:
-            for start in range(0, len(pending), self.batch):
-                chunk = pending[start:start + self.batch]
-                answers = run(chunk, [read_image(self.paths[index]) for index in chunk])
-                for index, values in zip(chunk, answers, strict=True):
-                    for key, value in zip(keys[index], values, strict=True):
-                        self.cache.put(key, value)
-                progress.step(done + start + len(chunk))
+        self._tell(name, done)
+        for start in range(0, len(pending), self.batch):
+            chunk = pending[start:start + self.batch]
+            answers = run(chunk, [read_image(self.paths[index]) for index in chunk])
+            for index, values in zip(chunk, answers, strict=True):
+                for key, value in zip(keys[index], values, strict=True):
+                    self.cache.put(key, value)
+            self._tell(name, done + start + len(chunk))
         return [[self.cache.get(key) for key in wanted] for wanted in keys]
+
+    def _tell(self, name: str, done: int) -> None:
+        if self.progress is not None:
+            self.progress(name, done, len(self.paths))
 
     def key(self, index: int, *parts: object) -> str:
         """The key of an answer about one image."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,15 @@ class Score:
 
 
 def score_category(files: PromptFiles, images: Images, models: Models, parses: Parses | None, cache: ScoreCache, *,
-                   official: bool = True, partial: bool = False, batch: int = 8) -> Score:
+                   official: bool = True, partial: bool = False, batch: int = 8,
+                   progress: Callable[[str, int, int], None] | None = None) -> Score:
     """Score one category.
 
     Args:
         parses: of every prompt; needed by the categories of PARSED.
         official: the official rules, or those that were meant (`t2i_compbench`).
         partial: the set may be incomplete.
+        progress: told what is asked, how many images are done and how many there are.
     Raises: ValueError if a model or a parse is missing, or an image is damaged.
     """
     category = files.category
@@ -122,7 +124,7 @@ def score_category(files: PromptFiles, images: Images, models: Models, parses: P
     checked = check_files(images, partial=partial)
     prompts = tuple(files.prompts[number // IMAGES_PER_PROMPT] for number in checked.numbers)
     parsed = [parses.of(prompt) for prompt in prompts] if category in PARSED and parses is not None else []
-    work = answers.Work(prompts, checked.paths, checked.digests, cache, batch)
+    work = answers.Work(prompts, checked.paths, checked.digests, cache, batch, progress)
     results, limits = _answers(work, files, models, parsed, official)
     complete = images.complete and not checked.unreadable
     other_parser = category in PARSED and parses is not None and parses.parser.get("model") != MODEL
