@@ -214,6 +214,20 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path, prompts: Pa
     assert again.seen == [77]
 
 
+def test_an_image_that_changes_under_way_is_noticed(tmp_path: Path, prompts: Path) -> None:
+    """Its score would be kept under the digest of the image that was there before."""
+    folder = number_images(tmp_path / "set", "numeracy")
+    last = folder / "samples" / outputs.file_name(PROMPTS["numeracy"][1], 19)
+
+    def answer(number: int) -> list[Detected]:
+        Image.new("RGB", (64, 64), (99, 7, 7)).save(last)
+        return []
+
+    with pytest.raises(ValueError, match=r"_000019\.png changed while"):
+        score(folder, prompts, None, "numeracy", Models(detector=Sees(answer)), tmp_path / "cache")
+    assert len(ScoreCache(tmp_path / "cache")) == 16, "the batches before it are kept"
+
+
 def test_results_of_others_are_not_overwritten(tmp_path: Path, prompts: Path) -> None:
     folder = number_images(tmp_path / "set", "numeracy")
     result = score(folder, prompts, None, "numeracy", Models(detector=Sees(lambda number: [])), tmp_path / "cache")

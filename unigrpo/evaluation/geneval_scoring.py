@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from unigrpo.evaluation.geneval import (
     verdict,
 )
 from unigrpo.evaluation.geneval_folder import ImageSet, Sample, write_atomically, write_results
-from unigrpo.evaluation.images import MAX_PIXELS, decode_image, read_bytes
+from unigrpo.evaluation.images import MAX_PIXELS, read_checked
 from unigrpo.types import PromptRecord
 
 OFFICIAL_COLORS = "clip_vit_l_14"  # the official colour model's architecture goes without saying
@@ -99,7 +98,7 @@ def score_images(images: ImageSet, detector: Detector, colors: ColorClassifier |
     done = sum(counts[key] for key in counts if key in cache)
     for start in range(0, len(todo), batch):
         chunk = todo[start:start + batch]
-        pictures = [_decode(sample, max_pixels) for _, sample in chunk]
+        pictures = [read_checked(sample.path, sample.digest, max_pixels=max_pixels) for _, sample in chunk]
         found = find_objects(pictures, [sample.record for _, sample in chunk], detector, colors, options)
         for (key, _), objects in zip(chunk, found, strict=True):
             cache.put(key, {label: [[*item.box, item.score, item.color] for item in items] for label, items in objects.items()})
@@ -186,14 +185,6 @@ def _key(sample: Sample, detector: Detector, colors: ColorClassifier | None, opt
     asked = [sorted(requests.items()), None if colors is None else colors.identity] if requests else None
     return score_key(sample.digest, json.dumps(["geneval objects 1", detector.identity, options.score_threshold(
         sample.record.tag), options.max_objects, options.max_overlap, asked]))
-
-
-def _decode(sample: Sample, max_pixels: int) -> np.ndarray:
-    """The image whose digest is the sample's."""
-    data = read_bytes(sample.path)
-    if hashlib.sha256(data).hexdigest() != sample.digest:
-        raise ValueError(f"{sample.path} changed while it was being scored; start again when nothing writes to the folder")
-    return decode_image(data, sample.path, max_pixels=max_pixels)
 
 
 def _colored(image: np.ndarray, found: list[Detected], label: str, count: int, detector: Detector,

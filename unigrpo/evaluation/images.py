@@ -44,6 +44,17 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return decode_image(read_bytes(path), Path(path), max_pixels=max_pixels)
 
 
+def read_checked(path: Path, sha256: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image whose file was checked before and had this sha256, so that no score is kept for other bytes than were scored.
+
+    Raises: ValueError as `decode_image` does, and if the file is another one by now.
+    """
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} changed while it was being scored; start again when nothing writes to the folder")
+    return decode_image(data, path, max_pixels=max_pixels)
+
+
 def check_image(data: bytes, path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Check a file's header and end without decoding its pixels.
 

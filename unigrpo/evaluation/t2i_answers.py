@@ -21,7 +21,7 @@ import numpy.typing as npt
 from unigrpo.evaluation import t2i_numeracy, t2i_spatial
 from unigrpo.evaluation.backends import DepthEstimator, Detector, Similarity, YesProbability
 from unigrpo.evaluation.backends.cache import ScoreCache, score_key
-from unigrpo.evaluation.images import read_image
+from unigrpo.evaluation.images import read_checked
 from unigrpo.evaluation.parses import Parse
 from unigrpo.evaluation.t2i_compbench import attribute_score, questions, similarity_text
 
@@ -68,7 +68,7 @@ class Work:
         self._tell(name, done)
         for start in range(0, len(pending), self.batch):
             chunk = pending[start:start + self.batch]
-            answers = run(chunk, [read_image(self.paths[index]) for index in chunk])
+            answers = run(chunk, [read_checked(self.paths[index], self.digests[index]) for index in chunk])
             for index, values in zip(chunk, answers, strict=True):
                 for key, value in zip(keys[index], values, strict=True):
                     self.cache.put(key, value)
