@@ -76,6 +76,15 @@ def test_what_is_no_score_is_not_kept(tmp_path: Path, value: object) -> None:
     assert not cache.path.exists()
 
 
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be written \(.*--cache"):
+        ScoreCache(tmp_path / "file" / "scores.jsonl").put("k", 1)
+    with pytest.raises(ValueError, match=r"cannot be read \("):
+        ScoreCache(tmp_path / "folder")
+
+
 def test_a_torn_line_costs_itself_only(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     cache = ScoreCache(path)

@@ -59,15 +59,23 @@ class ScoreCache:
         return self._values.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a value. Raises ValueError for NaN and infinity, which are no scores, and for what is no JSON, and for None."""
+        """Keep a value.
+
+        Raises: ValueError for NaN and infinity, which are no scores, for what is no JSON, for None, and if the file cannot be
+            opened; OSError if the disk is full.
+        """
         if value is None:
             raise ValueError(f"a score of {self.path} must not be None, which means that there is none")
         try:
             line = json.dumps({"key": key, "value": value}, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         except (TypeError, ValueError) as error:
             raise ValueError(f"a score must be finite JSON to be kept in {self.path}: {error}") from error
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"the score cache {self.path} cannot be written ({error.strerror or error}); give a file in a "
+                             "folder that can be, with --cache") from error
         try:
             whole = b"\n" + line if self._torn else line
             written = os.write(file, whole)
