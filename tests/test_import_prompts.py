@@ -134,7 +134,9 @@ LINE = official_lines()[180]
     (LINE.replace(LINE[LINE.index("a photo"):-2], " ").encode(), "line 1: wanted a prompt with words"),
     (b'{"id": "1", "tag": "t", "prompt": "a", "include": [{"class": "a", "count": 1}]}\n'
      b'{"id": "1", "tag": "t", "prompt": "b", "include": [{"class": "b", "count": 1}]}', "line 2: wanted an id of its own, "
-                                                                                         "got 1 of"),
+                                                                                         "got 1 of another record, 'a'"),
+    (b'{"id": "1", "tag": "t", "prompt": "a", "include": [{"class": "a", "count": 1}]}\n'
+     b'{"id": "1", "tag": "t", "prompt": "a", "include": [{"class": "a", "count": 2}]}', "line 2: wanted an id of its own"),
     (b"a dog\na caf\xe9\n", r"line 2: wanted UTF-8 text, got the bytes b'\\xe9'"),
     (b"a dog\n\x1f\x8b\x08\x00rest", "line 2: wanted UTF-8 text"),
     (b"a dog\nPK\x03\x04\n", "line 2: wanted text, got the control characters"),
@@ -182,6 +184,16 @@ def test_make_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "--mix takes TAG=WEIGHT, divided by commas, got 'position'" in capsys.readouterr().err
 
 
+def test_no_prompt_hides_behind_the_id_of_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, prompt in (("a", "a photo of a bench"), ("b", "a griffin")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"id": "1", "tag": "t", "prompt": prompt,
+                                                            "include": [{"class": prompt, "count": 1}]}))
+    assert main(["check-prompts", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 2
+    assert "b.jsonl, line 1: wanted an id of its own, got 1 of another record, 'a photo of a bench'" in capsys.readouterr().err
+    assert main(["check-prompts", str(tmp_path / "b.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    assert "no overlap: 1 prompts" in capsys.readouterr().out
+
+
 def test_arguments_without_effect_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("a griffin\n")
@@ -190,6 +202,7 @@ def test_arguments_without_effect_are_refused(tmp_path: Path, capsys: pytest.Cap
                                                                                      "--from goes with"),
                                (["geneval", "--from", str(tmp_path), "--split", "train"], "--split is for a FILE"),
                                ([str(path), "--split", "test"], "got 'test'"), ([str(path), "--sha256", "0" * 64],
-                                                                                "wanted sha256 0")):
+                                                                                "wanted sha256 0"),
+                               ([str(path), "--sha256", f"mien.txt={'0' * 64}"], "names mien.txt, but the file is mine.txt")):
         assert main(["import-prompts", *arguments, *out]) == 2
         assert message in capsys.readouterr().err

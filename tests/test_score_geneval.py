@@ -21,7 +21,7 @@ from unigrpo.evaluation.backends.cache import ScoreCache
 from unigrpo.evaluation.backends.clip import ClipColors
 from unigrpo.evaluation.backends.coco import CLASSES
 from unigrpo.evaluation.backends.mask2former import Mask2FormerDetector
-from unigrpo.evaluation.geneval import OFFICIAL, Options
+from unigrpo.evaluation.geneval import OFFICIAL, Options, verdict
 from unigrpo.evaluation.geneval_folder import check_files, parse_metadata, read_image_set, write_metadata, write_sample
 from unigrpo.evaluation.geneval_scoring import color_requests, find_objects, result_rows, score_images, score_name
 from unigrpo.evaluation.images import read_image
@@ -268,12 +268,21 @@ def test_colours_are_asked_of_the_best_objects_only_and_where_there_are_enough()
     found = [Detected("cup", (0, 0, 4, 4), score) for score in (0.5, 0.9, 0.7)] + [Detected("fork", (0, 0, 4, 4), 0.8)]
     wanted = {"tag": "colors", "prompt": "p", "include": [clause("cup", 2, color="red"), clause("fork", 2, color="red")]}
     record, asked = parse_metadata(wanted, "here", CLASSES), Asked()
-    assert color_requests(record) == {"cup": 2, "fork": 2}
+    assert color_requests(record) == {"cup": [2], "fork": [2]}
     objects, = find_objects([np.zeros((4, 4, 3), np.uint8)], [record], Toy(found), asked)
     assert asked.questions == [("cup", [0.9, 0.7])], "one fork is too few already"
     assert [item.color for item in objects["cup"]] == ["red", "red", None]
     with pytest.raises(ValueError, match="give a colour model with --color"):
         find_objects([np.zeros((4, 4, 3), np.uint8)], [record], Toy(found), None)
+
+
+def test_a_clause_that_is_met_has_its_colours_where_another_of_the_class_is_not() -> None:
+    """Officially each clause asks on its own: one cup of two is red, and the clause that wants two does not hide it."""
+    wanted = {"tag": "colors", "prompt": "p", "include": [clause("cup", 1, color="red"), clause("cup", 2, color="red")]}
+    record, asked = parse_metadata(wanted, "here", CLASSES), Asked()
+    objects, = find_objects([np.zeros((4, 4, 3), np.uint8)], [record], Toy([Detected("cup", (0, 0, 4, 4), 0.9)]), asked)
+    assert (color_requests(record), asked.questions) == ({"cup": [1, 2]}, [("cup", [0.9])])
+    assert verdict(record, objects).reason == "expected cup>=2, found 1"
 
 
 @pytest.mark.parametrize("broken", [Detected("cup", (0, 0, 4, 4), float("nan")), Detected("cup", (0, 0, float("inf"), 4), 0.9)])
@@ -310,3 +319,5 @@ def test_the_official_set_by_the_official_detector_would_need_no_suffix() -> Non
     assert parse_options(["max_objects=3"]) == Options(max_objects=3)
     with pytest.raises(ValueError, match="must be a number"):
         parse_options(["threshold=high"])
+    with pytest.raises(ValueError, match="must be finite, got 'nan'"):
+        parse_options(["threshold=nan"])

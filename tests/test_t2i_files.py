@@ -151,7 +151,7 @@ def test_parse_prompts_command(tmp_path: Path, prompts: Path, monkeypatch: pytes
         return type("Pipeline", (), {"__call__": lambda self, text: nlp(text), "meta": pipeline.meta})()
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load, __version__="3.8.9"))
-    output = tmp_path / "parses.json"
+    output = tmp_path / "new" / "parses.json"
     arguments = ["parse-prompts", str(prompts / "color_val.txt"), "--output", str(output)]
     assert main(arguments) == 0
     assert load_parses(output).parser == {"spacy": "3.8.9", "model": "en_core_web_sm", "model_version": "3.8.0"}

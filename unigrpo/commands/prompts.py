@@ -57,7 +57,8 @@ def run_import(args: argparse.Namespace) -> int:
     if args.source in OURS and args.split:
         raise ValueError("--split is for a FILE: a benchmark's lists have their own")
     if args.source == "geneval":
-        imported = import_geneval(args.root, given_digests(args.sha256, Path(GENEVAL).name))
+        file = args.root.name if args.root.is_file() else Path(GENEVAL).name
+        imported = import_geneval(args.root, given_digests(args.sha256, file))
     elif args.source == "t2i-compbench":
         imported = import_t2i_compbench(args.root, part=args.part, categories=args.category or CATEGORIES,
                                         digests=given_digests(args.sha256, None))
@@ -102,11 +103,16 @@ def run_make(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Compare; returns the exit status. Raises ValueError listing the pairs if there are some and no --output is given."""
     from unigrpo.prompts.firewall import refuse_overlap, shipped_firewall, summary
-    from unigrpo.prompts.importers import read_prompts
+    from unigrpo.prompts.importers import add_record, read_prompts
     from unigrpo.prompts.records import write_records
+    from unigrpo.types import PromptRecord
 
     firewall = shipped_firewall(against=args.against, allow=args.allow)
-    records = {record.id: record for path in args.files for record in read_prompts(path).records}
+    records: dict[str, PromptRecord] = {}
+    for path in args.files:
+        imported = read_prompts(path)
+        for record, line in zip(imported.records, imported.lines, strict=True):
+            add_record(records, record, f"{path}, line {line}")
     overlaps = firewall.overlaps(records.values())
     if args.report is not None:
         args.report.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +139,8 @@ def given_digests(items: list[str], only: str | None) -> dict[str, str]:
     digests = {}
     for item in items:
         name, _, value = item.rpartition("=")
+        if name and only is not None and name != only:
+            raise ValueError(f"--sha256 names {name}, but the file is {only}: nothing would be compared")
         if (not name and only is None) or len(value) != 64 or any(c not in "0123456789abcdefABCDEF" for c in value):
             raise ValueError(f"--sha256 takes {'[FILE=]' if only else 'FILE='}HEX with 64 hex digits, got {item!r}")
         digests[name or str(only)] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def parse_options(pairs: list[str]) -> Any:
             values[key] = kinds[key](text)
         except ValueError:
             raise ValueError(f"--option {key} must be a number ({kinds[key].__name__}), got {text!r}") from None
+        if not math.isfinite(values[key]):
+            raise ValueError(f"--option {key} must be finite, got {text!r}: nothing is above NaN or infinity")
     return replace(OFFICIAL, **values)
 
 

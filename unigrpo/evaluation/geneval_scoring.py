@@ -47,12 +47,12 @@ class Scored:
     reward: FlowGRPOReward
 
 
-def color_requests(record: PromptRecord) -> dict[str, int]:
-    """Class -> how many of its best objects the prompt wants to know the colour of."""
-    wanted: dict[str, int] = {}
+def color_requests(record: PromptRecord) -> dict[str, list[int]]:
+    """Class -> how many of its best objects each clause wants to know the colour of, rising."""
+    wanted: dict[str, list[int]] = {}
     for clause in record.include:
         if "color" in clause:
-            wanted[clause["class"]] = max(clause["count"], wanted.get(clause["class"], 0))
+            wanted[clause["class"]] = sorted({clause["count"], *wanted.get(clause["class"], [])})
     return wanted
 
 
@@ -74,9 +74,9 @@ def find_objects(images: Sequence[np.ndarray], records: Sequence[PromptRecord], 
             if not (math.isfinite(item.score) and all(math.isfinite(edge) for edge in item.box)):
                 raise ValueError(f"the detector {detector.name} gave {item}, which is not finite: it is broken on this device")
         objects = keep(found, record.tag, options)
-        for label, count in color_requests(record).items():
-            if len(objects.get(label, ())) >= count:
-                objects[label] = _colored(image, objects[label], label, count, detector, colors)
+        for label, counts in color_requests(record).items():
+            if met := [count for count in counts if count <= len(objects.get(label, ()))]:
+                objects[label] = _colored(image, objects[label], label, met[-1], detector, colors)
         results.append({label: objects[label] for label in detector.labels if label in objects})
     return results
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unigrpo.evaluation.geneval_folder import write_atomically
+
 FORMAT = "unigrpo/parses/1"
 MODEL = "en_core_web_sm"
 
@@ -89,9 +91,7 @@ def save_parses(path: Path, parses: Parses) -> None:
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(dict(entry), sort_keys=True, separators=(',', ':'))}"
                        for key, entry in sorted(parses.entries.items()))
     text = f'{{"format": {json.dumps(FORMAT)}, "parser": {json.dumps(parses.parser)}, "parses": {{\n{lines}\n}}}}\n'
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text.encode())
 
 
 def parse_prompts(prompts: Sequence[str], nlp: Callable[[str], Any], parser: Mapping[str, str],

@@ -91,7 +91,7 @@ def read_prompts(path: Path, *, tag: str = "text", split: str = "", source: str 
     Args:
         path: JSON lines in our schema or GenEval's, told by a first character "{"; else one prompt a line.
         tag: of plain lines. split, source: of records that have none.
-    Raises: ValueError naming file and line: not text, cut off, no JSON object, a wrong or unknown key, one id for two prompts,
+    Raises: ValueError naming file and line: not text, cut off, no JSON object, a wrong or unknown key, one id for two records,
         a prompt longer than LONGEST; or a file without prompts.
     """
     path = Path(path)
@@ -105,11 +105,20 @@ def read_prompts(path: Path, *, tag: str = "text", split: str = "", source: str 
             line, tag=tag, split=split, source=source or path.name)
         if len(record.prompt) > LONGEST:
             raise ValueError(f"{where}: wanted a prompt of at most {LONGEST} characters, got {len(record.prompt)}")
-        first = records.setdefault(record.id, record)
-        if first.prompt != record.prompt:
-            raise ValueError(f"{where}: wanted an id of its own, got {record.id} of line {numbers[record.id]}")
+        add_record(records, record, where)
         numbers.setdefault(record.id, number)
     return Imported(list(records.values()), list(numbers.values()), len(lines) - len(records))
+
+
+def add_record(records: dict[str, PromptRecord], record: PromptRecord, where: str) -> None:
+    """Add a record to those by id, unless it is there. Raises ValueError if its id asks for something else there.
+
+    Otherwise one of the two would be left out, and no firewall would see it.
+    """
+    first = records.setdefault(record.id, record)
+    if (first.prompt, first.include, first.exclude) != (record.prompt, record.include, record.exclude):
+        raise ValueError(f"{where}: wanted an id of its own, got {record.id} of another record, {first.prompt!r}; give each "
+                         "prompt its own id, or none")
 
 
 def check_digest(path: Path, name: str, given: Mapping[str, str] | None = None) -> None:

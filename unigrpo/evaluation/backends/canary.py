@@ -8,7 +8,6 @@ that was trusted. What is compared are numbers that move smoothly with a model's
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from unigrpo.digests import sha256_json
 from unigrpo.evaluation.backends import ColorClassifier, Detected, Detector
 from unigrpo.evaluation.geneval import COLORS
+from unigrpo.evaluation.geneval_folder import write_atomically
 
 SIZE = 128  # px, square
 PAINTS = {"red": (214, 32, 32), "green": (32, 150, 48), "blue": (32, 64, 210), "yellow": (250, 220, 32),
@@ -105,10 +105,7 @@ def record(path: Path, scorers: Mapping[str, Any], device: str) -> list[str]:
         lines += _sense(kind, scorer, readings)
     data = json.dumps({"about": "scores of unigrpo's canary pictures; written by unigrpo score canary --record",
                        "scorers": entries}, indent=1, sort_keys=True) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(data, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, data.encode())
     return lines
 
 
