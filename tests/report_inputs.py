@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from unigrpo.evaluate import GRID
+from unigrpo.evaluation.controls import understanding_metrics, understanding_table, write_understanding
 from unigrpo.evaluation.outcomes import compute_metrics, write_metrics, write_outcomes
 from unigrpo.stages.session import save_picture
 from unigrpo.worlds.shapes import random_scene, render
@@ -19,7 +20,9 @@ from unigrpo.worlds.shapes.thinking import plan_text
 PROJECT = Path(__file__).resolve().parent.parent
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SKILL = {"base": 0.25, "sft": 0.4, "unigrpo": 0.6, "image_only": 0.45}
-CELL = {"on": 1.0, "greedy": 1.05, "off": 0.7, "shuffled": 0.15}
+CELL = {"on": 1.0, "greedy": 1.05, "off": 0.7, "shuffled": 0.15, "truncated": 0.5}
+GUARDS = {"edge_density": 0.14, "brightness": 0.8, "thinking_length": 9.0, "border_red": 0.92, "border_green": 0.92,
+          "border_blue": 0.92}
 
 
 def write_artifacts(root: Path, *, prompts: int = 48, images: int = 4,
@@ -62,10 +65,16 @@ def write_checkpoint(folder: Path, name: str, prompts: int, images: int, words: 
     outcomes = pd.DataFrame(rows).sort_values(["cfg", "thinking", "prompt_id"])
     (folder / "samples").mkdir(parents=True)
     write_outcomes(outcomes, folder / "outcomes.csv")
-    write_metrics(compute_metrics(outcomes), folder / "metrics.json")
+    table = understanding_table(outcomes, {f"{i:016x}": (10, 4.0 + float(rng.random()) - SKILL[run]) for i in range(prompts)})
+    write_understanding(table, folder / "understanding.csv")
+    standing = {f"sentinel/{guard}": value * (1.5 if run == "unigrpo" and guard == "edge_density" else 1)
+                for guard, value in GUARDS.items()} | {f"sentinel/{guard}/noise": 0.001 for guard in GUARDS}
+    write_metrics(compute_metrics(outcomes) | understanding_metrics(table) | standing, folder / "metrics.json")
     put(folder / "training.json", {"cost/prompts": 480.0, "cost/images": 7680.0, "cost/text_tokens": 201000.0,
                                    "cost/updates": 60.0, "cost/model_calls": 61440.0, "cost/flops": 3.2e13,
-                                   "data/wrong_plans_of_reasoning": 0.39})
+                                   "data/wrong_plans_of_reasoning": 0.39, **(
+                                       {"sentinel/probes": 7.0, "sentinel/alarms": 1.0, "sentinel/alarm/gold/thinking": 40.0}
+                                       if "/" in name else {})})
     step = np.arange(steps)
     curves = {"step": step, "image/loss": 0.3 + np.exp(-step / 20), "text/loss": 0.5 + np.exp(-step / 10)}
     if "/" in name:

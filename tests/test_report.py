@@ -66,9 +66,28 @@ def test_values_are_those_of_the_outcomes(project: Path) -> None:
     assert gain["over"] == "prompts"
     assert gain["seeds"] == {"0": {key: gain[key] for key in ("value", "low", "high")}}
     assert report["arms"]["sft"][EXACT]["seeds"] == {}
-    assert report["controls"]["unigrpo"]["thinking on - shuffled"]["low"] > 0
+    controls = report["controls"]["unigrpo"]
+    assert controls["thinking on - shuffled"]["low"] > 0
+    assert {"thinking on - truncated", "thinking on - off/reasoning", "thinking on - off/counting"} <= set(controls)
     assert report["cost"]["sft"]["flops"] == 3.2e13
     assert set(report["inputs"]) >= {f"artifacts/smoke/{name}" for name in ("unigrpo/0/outcomes.csv", "prompts", "curate.json")}
+
+
+def test_understanding_and_sentinel_are_in_the_report(project: Path) -> None:
+    report = report_of(project)
+    lost = report["understanding"]["unigrpo-sft"]
+    assert lost["text_loss"]["high"] < 0
+    assert "plan_accuracy/plain" in lost
+    found = report["sentinel"]["unigrpo/0"]
+    assert (found["probes"], found["alarms"]) == (7, {"gold/thinking": 40})
+    edges = found["evaluation"]["edge_density"]
+    assert edges["past"]
+    assert (edges["before"], edges["after"]) == (0.14, pytest.approx(0.21))
+    assert not found["evaluation"]["brightness"]["past"]
+    assert set(report["sentinel"]) == {"unigrpo/0"}
+    page = (project / "artifacts" / "smoke" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "unigrpo/0: 7 probes, ALARM: gold/thinking at step 40." in page
+    assert 'class="gain wrong">+0.07' in page
 
 
 def test_paired_interval_by_hand(tmp_path: Path) -> None:
@@ -107,7 +126,8 @@ def test_measures_are_the_metrics(project: Path) -> None:
     folder = project / "artifacts" / "smoke" / "sft"
     metrics = json.loads((folder / "metrics.json").read_text())
     measures = named_measures(read_outcomes(folder / "outcomes.csv"))
-    assert {name: float(f"{value_of(found):.6g}") for name, found in measures.items()} == metrics
+    assert {name: float(f"{value_of(found):.6g}") for name, found in measures.items()} == {
+        name: value for name, value in metrics.items() if name.startswith("bench/")}
 
 
 def test_experiments_pair_seeds(tmp_path: Path) -> None:
@@ -170,7 +190,8 @@ def test_two_runs_are_equal_bytes(project: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("file", "stage"), [
     ("curate.json", "curate"), ("prompts/leakage.json", "curate"), ("base/curves.csv", "base"), ("sft/training.json", "sft"),
-    ("unigrpo/0/training.json", "train"), ("unigrpo/0/outcomes.csv", "evaluate"), ("sft/samples/samples.json", "evaluate"),
+    ("unigrpo/0/training.json", "train"), ("unigrpo/0/outcomes.csv", "evaluate"),
+    ("sft/understanding.csv", "evaluate"), ("sft/samples/samples.json", "evaluate"),
     ("sft/samples/0000000000000001-cfg_off-thinking_on.png", "evaluate")])
 def test_missing_input_is_named_with_its_stage(tmp_path: Path, file: str, stage: str) -> None:
     write_artifacts(tmp_path, shown=2, steps=3)

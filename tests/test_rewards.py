@@ -89,7 +89,8 @@ def test_an_image_that_is_not_finite_has_no_reward(name: str) -> None:
 
 
 def test_an_unknown_reward_lists_the_choices() -> None:
-    with pytest.raises(ValueError, match="unknown reward 'beauty'; choose from shapes_exact, shapes_graded, shapes_tolerant"):
+    with pytest.raises(ValueError, match=r"unknown reward 'beauty'; choose from .*pickscore, shapes_exact, shapes_graded, "
+                                         r"shapes_tolerant, or module:name"):
         get_reward("beauty")
 
 

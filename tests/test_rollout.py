@@ -10,10 +10,11 @@ import torch
 from small import draw, sample, small_config, small_policy, small_prompts
 
 from unigrpo.evaluate import shuffled_rows
+from unigrpo.flow.guidance import model_calls
+from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.models.bagel import concatenate_rows, encode_segments, packed_mask, word_tokenizer
 from unigrpo.models.mot import patchify, unpatchify
 from unigrpo.rollout import prefill, think
-from unigrpo.roofline import guided_calls
 from unigrpo.update import score
 
 
@@ -95,10 +96,10 @@ def test_replay_equals_rollout_with_guidance(config):
 
 
 def test_the_cost_counts_the_second_call_only_where_guidance_acts(config):
-    """An interval of noise levels leaves steps unguided: as many as the roofline of `plan` says."""
+    """An interval of noise levels leaves steps unguided."""
     interval, sampling = (0.4, 0.9), config.rollout
     rollouts = sample(small_policy(config, guidance=(3.0, "global", interval)), config, small_prompts(2))
-    calls = guided_calls(sampling.num_steps, sampling.shift, interval)
+    calls = model_calls(sigma_schedule(sampling.num_steps, sampling.shift), interval)
     assert sampling.num_steps < calls < 2 * sampling.num_steps
     assert rollouts.cost["model_calls"] == calls * len(rollouts.prompts)
 

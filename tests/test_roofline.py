@@ -6,6 +6,8 @@ import pytest
 from small import ROOT
 
 from unigrpo.config import load_config
+from unigrpo.flow.guidance import model_calls
+from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.models.mot import MoTConfig
 from unigrpo.roofline import (
     GPUS,
@@ -17,7 +19,6 @@ from unigrpo.roofline import (
     decode_step,
     evaluation_work,
     expert_weights,
-    guided_calls,
     image_forward,
     packed_forward,
     passes,
@@ -64,7 +65,7 @@ def test_editing_context():
 
 def test_guided_images():
     """49 calls, 41 of them guided: 90 forwards, 1.25 and 5.43 PFLOP."""
-    calls = guided_calls(49, 3.0, (0.4, 1.0))
+    calls = model_calls(sigma_schedule(49, 3.0), (0.4, 1.0))
     assert calls == 90
     assert calls * image_forward(BAGEL, 100, grid=(32, 32)).flops == pytest.approx(1.25e15, rel=0.01)
     assert calls * image_forward(BAGEL, 100).flops == pytest.approx(5.43e15, rel=0.01)
@@ -110,5 +111,5 @@ def test_phases_of_a_step_by_hand():
     assert updates["updates"][0].flops == 4 * updates["old log-probs"][0].flops
     assert updates["updates"][1] == updates["reference"][1] == 32
     evaluation = evaluation_work(config, BAGEL, loads)  # 32 side by side (evaluate.batch), whatever the rollouts take
-    assert evaluation["denoising"] == (image_forward(BAGEL, 166, 32), 70 * (4 * 49 + 3 * 90))
+    assert evaluation["denoising"] == (image_forward(BAGEL, 166, 32), 70 * (5 * 49 + 3 * 90))
     assert evaluation["thinking"][1] == (70 + 18) * 100  # 2212 images, and one greedy thinking for each of 553 prompts

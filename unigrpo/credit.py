@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,8 +51,8 @@ def assign_credit(rewards: Sequence[Reward], segments: Sequence[Segment], *, gro
     advantages, stats = group_advantages(total, group_size, std=std, ddof=ddof, eps=eps, eps_inside=eps_inside, clamp=clamp)
     present = total[~total.isnan()].double()
     metrics = {
-        "reward/mean": present.mean().item(),
-        "reward/std": present.std(correction=0).item(),
+        "reward/mean": present.mean().item(),  # NaN where every rollout misses one
+        "reward/std": present.std(correction=0).item() if len(present) else math.nan,
         **{f"reward/{name}": value.double().nanmean().item() for name, value in values.items()},
         "reward/zero_std_groups": stats["zero_std_groups"],
         "reward/missing": stats["missing"],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unigrpo.config import Config
-from unigrpo.evaluate import GRID
+from unigrpo.evaluate import grid_images
 from unigrpo.footprint import (
     MOMENTS,
     USABLE,
@@ -68,7 +68,7 @@ def model_parameters(config: Config, vocabulary: int) -> tuple[int, int, int]:
 
 def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
     """Counts and memory of the run, and with `probe` an estimate of its seconds measured on this machine."""
-    rollout, train, evaluation = config.rollout, config.train, config.evaluate
+    rollout, train = config.rollout, config.train
     total, understanding, generation = model_parameters(config, vocabulary)
     trained = {"understanding": understanding, "generation": generation}
     model = MoTConfig(vocab_size=vocabulary, **config.model.model_dump())
@@ -85,7 +85,7 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
         "thinking tokens at most": rollout.max_thinking_tokens, "steps": train.num_steps,
         "prompts in all": train.num_steps * rollout.prompts_per_step, "images in all": train.num_steps * rollouts,
         "updates in all": train.num_steps * train.updates_per_rollout,
-        "evaluation images a checkpoint": len(GRID) * evaluation.prompts * evaluation.images_per_prompt,
+        "evaluation images a checkpoint": grid_images(config),
     }
     case = Case(config, model, model_sizes(config, vocabulary), 1, PROMPT_TOKENS, rollout.max_thinking_tokens)
     return Plan(counts, memory(case), probed(config, total) if probe and total <= PROBE_LIMIT else {})

@@ -25,7 +25,7 @@ def measure(config: Config) -> dict[str, float]:
 
     The probes of training count; starting, saving and galleries do not.
     """
-    from unigrpo.evaluate import GRID
+    from unigrpo.evaluate import GRID, cell_images
     from unigrpo.stages.base import caption_batch, fresh_policy
     from unigrpo.stages.loading import save_policy
     from unigrpo.stages.sft import warmup_batch
@@ -45,9 +45,10 @@ def measure(config: Config) -> dict[str, float]:
         step = _training_step(trained, optimizer, config, prompts[:config.rollout.prompts_per_step])
         images = 64 if size <= SMALL else 16
         all_cells, headline = (_image(trained, config, prompts, grid, images=images) for grid in (GRID, GRID[:1]))
+    many, few = (cell_images(config, cell) for cell in GRID[:2])  # in the headline cell, and in each of the others
     probed = (1 + -(-config.train.num_steps // config.train.probe_every)) * config.train.probe_prompts * 2
     return {**seconds, "train": step * config.train.num_steps + probed * headline,
-            "evaluate, each checkpoint": config.evaluate.prompts * config.evaluate.images_per_prompt * all_cells}
+            "evaluate, each checkpoint": config.evaluate.prompts * (few * all_cells + (many - few) * headline)}
 
 
 @contextmanager
@@ -107,6 +108,7 @@ def _supervised(policy: BagelPolicy, settings: Any, batches: Callable[[int], Any
 def _training_step(policy: BagelPolicy, optimizer: torch.optim.Optimizer, config: Config, prompts: list[PromptRecord]) -> float:
     """Seconds of a step of RL."""
     from unigrpo.stages.train import rewards_of
+    from unigrpo.stages.watch import reward_functions
     from unigrpo.train import train
 
     marks: list[float] = []
@@ -114,8 +116,8 @@ def _training_step(policy: BagelPolicy, optimizer: torch.optim.Optimizer, config
     if config.train.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
     two = config.model_copy(update={"train": config.train.model_copy(update={"num_steps": 2})})
-    train(policy, optimizer, lambda step: prompts, partial(rewards_of, policy, config), two, draw=partial(generator, 0),
-          log=lambda *_: marks.append(time.perf_counter()), save=lambda step: None)
+    train(policy, optimizer, lambda step: prompts, partial(rewards_of, policy, reward_functions(config)), two,
+          draw=partial(generator, 0), log=lambda *_: marks.append(time.perf_counter()), save=lambda step: None)
     policy.model.eval()
     return marks[1] - marks[0]
 

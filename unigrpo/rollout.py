@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unigrpo.adapters import adapters_off
 from unigrpo.contexts import prefill, read_system_prompt, take_rows
-from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active
+from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active, model_calls
 from unigrpo.flow.schedule import choose_window, sigma_schedule
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import SpecialTokens, causal_mask, concatenate_rows, encode_segments, packed_mask
@@ -96,13 +96,7 @@ class BagelPolicy:
                         lengths.repeat_interleave(group_size), (text, image), group_size,
                         stop_token=self.special.eos, temperature=sampling.temperature, guidance_scale=self.guidance_scale,
                         cost={"text_tokens": int(text.mask.sum()), "images": len(siblings),
-                              "model_calls": self.calls(sigmas) * len(siblings)})
-
-    def calls(self, sigmas: Tensor) -> int:
-        """Model calls of one image over a schedule (S+1,): one a step, two where guidance is active."""
-        steps = len(sigmas) - 1
-        return steps if self.guidance is None else steps + sum(
-            guidance_active(float(s), self.guidance[2]) for s in sigmas[:-1])
+                              "model_calls": model_calls(sigmas, self.guidance and self.guidance[2]) * len(siblings)})
 
     def budgeted(self, rows: int, prefix: int, sampling: RolloutConfig) -> Sequence[Tensor]:
         """Row indices of the chunks that are sampled at a time: as many whole rows as `token_budget` cache tokens hold.

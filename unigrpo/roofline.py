@@ -14,8 +14,8 @@ import torch
 
 from unigrpo.config import Config
 from unigrpo.cost import layer_parameters
-from unigrpo.evaluate import GRID
-from unigrpo.flow.guidance import guidance_active
+from unigrpo.evaluate import GRID, cell_images, grid_images
+from unigrpo.flow.guidance import model_calls
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.models.mot import MoTConfig
 from unigrpo.schema import RolloutConfig
@@ -151,11 +151,6 @@ def window_steps(config: Config) -> int:
     return window.size if window.kind != "all" else window.range[1] - window.range[0]
 
 
-def guided_calls(num_steps: int, shift: float, interval: tuple[float, float]) -> int:
-    """Model calls of one guided image: two inside the interval of noise levels, one outside."""
-    return num_steps + sum(guidance_active(float(s), interval) for s in sigma_schedule(num_steps, shift)[:-1])
-
-
 @dataclass(frozen=True)
 class Loads:
     """Rows a GPU runs at a time, and lengths of what they hold.
@@ -174,7 +169,7 @@ def rollout_calls(rollout: RolloutConfig) -> int:
     """Model calls of one image of a rollout."""
     if rollout.guidance_scale <= 1:
         return rollout.num_steps
-    return guided_calls(rollout.num_steps, rollout.shift, rollout.guidance_interval)
+    return model_calls(sigma_schedule(rollout.num_steps, rollout.shift), rollout.guidance_interval)
 
 
 def rollout_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
@@ -208,11 +203,12 @@ def evaluation_work(config: Config, model: MoTConfig, loads: Loads) -> dict[str,
     batch = min(settings.batch, images)
     turns = -(-images // batch)
     thinking = turns + -(-settings.prompts // batch)
-    guided = guided_calls(settings.num_steps, config.rollout.shift, settings.guidance_interval)
-    calls = sum(guided if cfg == "on" else settings.num_steps for cfg, _ in GRID)
+    guided = model_calls(sigma_schedule(settings.num_steps, config.rollout.shift), settings.guidance_interval)
+    drawing = sum(-(-settings.prompts * cell_images(config, (cfg, thinking)) // batch)
+                  * (guided if cfg == "on" else settings.num_steps) for cfg, thinking in GRID)
     return {"thinking": (decode_step(model, loads.prompt + loads.thinking / 2, batch), thinking * loads.thinking),
-            "denoising": (image_forward(model, context, batch), turns * calls),
-            "decoding images": (autoencoder_work(config)[1], len(GRID) * images)}
+            "denoising": (image_forward(model, context, batch), drawing),
+            "decoding images": (autoencoder_work(config)[1], grid_images(config))}
 
 
 def warmup_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:

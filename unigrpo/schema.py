@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from unigrpo.schema_model import AutoencoderConfig, Count, ModelConfig, Positive, Rate, Section, Share
 
 WORLD_PIXELS = 32  # side of a picture of the shapes world
+# Names are known here, so that a wrong one is refused when the config is loaded and not after the warm-up; tests compare them
+# with unigrpo.rewards and evaluation.sentinel, which may not be imported this early.
+REWARD_NAMES = ("blip_vqa", "clip_score", "geneval_soft_mask2former_hf", "geneval_soft_shapes", "geneval_strict_mask2former_hf",
+                "geneval_strict_shapes", "judge", "mixture", "pickscore", "shapes_exact", "shapes_graded", "shapes_tolerant")
+SIZED_REWARD = r"(geneval_(?:soft|strict)_mask2former_hf)_(\d{1,5})px"   # at another input size it is another reward
+THRESHOLDS = ("sigmas", "in_a_row", "release", "baseline_probes", "reward_rise", "edge_density", "brightness", "color_entropy",
+              "hue_entropy", "background_drift", "group_diversity", "velocity_drift", "thinking_length", "thinking_repetition",
+              "thinking_entropy", "distinct_texts", "gold")
 
 
 class WorldConfig(Section):
@@ -32,6 +41,13 @@ class SplitShares(Section):
     eval: float = Field(gt=0)
 
 
+class PromptFile(Section):
+    """A file of prompts outside the project's own, and the digest of its bytes: a number depends on what the file said."""
+
+    path: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 class CurateConfig(Section):
     """How many prompts each split holds, and from which part of the specifications."""
 
@@ -43,6 +59,9 @@ class CurateConfig(Section):
     shares: SplitShares
     heldout_eval_share: Share
     max_paraphrases: Positive
+    files: dict[Literal["train", "validation", "eval"], PromptFile]
+    protected: tuple[PromptFile, ...]
+    allow: tuple[str, ...]
 
 
 class SupervisedConfig(Section):
@@ -145,7 +164,21 @@ class RewardConfig(Section):
     """Weighted rewards, and how many may be missing before the run stops."""
 
     weights: dict[str, float] = Field(min_length=1)
+    options: dict[str, dict[str, Any]]
     max_missing: Share
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Rewards exist, and options belong to one of the run."""
+        for name in self.weights:
+            if name not in REWARD_NAMES and ":" not in name and not re.fullmatch(SIZED_REWARD, name):
+                raise ValueError(f"unknown reward {name!r} in weights; choose from {', '.join(REWARD_NAMES)}, or module:name "
+                                 "for a function of your own")
+        if not any(self.weights.values()):
+            raise ValueError(f"one of the weights must not be 0, got {self.weights}")
+        if unknown := sorted(set(self.options) - set(self.weights)):
+            raise ValueError(f"options must belong to rewards of weights, {sorted(self.weights)}, got {unknown}")
+        return self
 
 
 class CreditConfig(Section):
@@ -227,6 +260,23 @@ class MismatchConfig(Section):
     image: float = Field(gt=0)
 
 
+class SentinelConfig(Section):
+    """The alarm for reward hacking: what it does when it rises, and where it does (thresholds of evaluation/sentinel.py)."""
+
+    stop: bool
+    keep_good: bool
+    thresholds: dict[str, float]
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Thresholds exist."""
+        if unknown := sorted(set(self.thresholds) - set(THRESHOLDS)):
+            raise ValueError(f"unknown threshold {unknown[0]!r}; choose from {', '.join(THRESHOLDS)}")
+        if any(value < 0 for value in self.thresholds.values()):
+            raise ValueError(f"thresholds must be at least 0, got {self.thresholds}")
+        return self
+
+
 class TrainConfig(Section):
     """The RL loop."""
 
@@ -240,6 +290,7 @@ class TrainConfig(Section):
     monitor_every: Positive
     probe_every: Positive
     probe_prompts: Positive
+    sentinel: SentinelConfig
     gallery_every: Positive
     checkpoint_every: Positive
     max_skipped: Count
@@ -252,6 +303,7 @@ class EvaluateConfig(Section):
     benchmarks: tuple[Literal["shapes"], ...] = Field(min_length=1)
     prompts: Positive
     images_per_prompt: Positive
+    control_images: Positive | None
     num_steps: int = Field(ge=2)
     guidance_scale: float = Field(gt=1)
     guidance_renorm: Literal["global", "channel", "text_channel"]
@@ -330,6 +382,9 @@ class Config(Section):
             raise ValueError(f"optim.master_weights must be fp32 with train.precision=bf16, got {self.optim.master_weights}: "
                              f"bfloat16 has 8 bits, so a step of optim.understanding_lr={self.optim.understanding_lr:g} "
                              "would be rounded away")
+        if (self.evaluate.control_images or 1) > self.evaluate.images_per_prompt:
+            raise ValueError(f"evaluate.control_images={self.evaluate.control_images} must be at most evaluate."
+                             f"images_per_prompt={self.evaluate.images_per_prompt}: they are the first of the same images")
         if self.evaluate.prompts > self.curate.eval:
             raise ValueError(f"evaluate.prompts={self.evaluate.prompts} must be at most curate.eval={self.curate.eval}")
         if self.train.probe_prompts > self.curate.validation:

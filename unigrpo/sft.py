@@ -151,10 +151,12 @@ def micro_batches(batch: SupervisedBatch, size: int | None) -> Iterator[tuple[Su
 
 
 def accumulate(metrics: dict[str, float], part: dict[str, float], text_share: float, image_share: float) -> None:
-    """Add a micro-batch's metrics: means by their share of the batch, counts as they are. A part without text adds none."""
+    """Add a micro-batch's metrics: means by their share of the batch, counts as they are. A part without text has none of
+    its loss or accuracy to add; a batch without any has no such metric."""
     shares = {"text/loss": text_share, "text/accuracy": text_share, "image/loss": image_share, "text/tokens": 1.0}
     for name, value in part.items():
-        metrics[name] += shares[name] * value if shares[name] else 0.0
+        if shares[name]:
+            metrics[name] += shares[name] * value
 
 
 def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optimizer],

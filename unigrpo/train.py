@@ -82,9 +82,9 @@ def draw_at(draw: Draw, step: int, purpose: str, *key: str | int):
 def finish(sums: dict[str, float]) -> dict[str, float]:
     """Sums over micro-batches to what is logged: roots of mean squares, and the penalty's share of the gradient."""
     out = {name: math.sqrt(value) if "rms" in name else value for name, value in sums.items() if "squared" not in name}
-    if "image/policy_gradient_squared" in sums:
+    if sums.get("image/policy_gradient_squared", 0.0) > 0:  # 0 where no group of the update has two different rewards
         policy, penalty = (math.sqrt(sums[f"image/{part}_gradient_squared"]) for part in ("policy", "penalty"))
-        out["image/penalty_gradient_ratio"] = penalty / max(policy, 1e-30)
+        out["image/penalty_gradient_ratio"] = penalty / policy
     return out
 
 

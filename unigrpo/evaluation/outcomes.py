@@ -3,7 +3,8 @@
     verdicts (one row an image, Parquet)  ->  outcomes (one row a prompt and cell, CSV)  ->  metrics (flat JSON)
 
 Every published value and interval derives from the outcomes. A cell is one way of sampling: guidance off or on, and thinking
-on (sampled), off, shuffled (another prompt's) or greedy. The headline cell is guidance off, thinking on.
+on (sampled), off, shuffled (another prompt's), truncated (its first half) or greedy. The headline cell is guidance off,
+thinking on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pandas as pd
 from unigrpo.evaluation.statistics import Measure, value_of
 
 CFG = ("off", "on")
-THINKING = ("on", "off", "shuffled", "greedy")
+THINKING = ("on", "off", "shuffled", "truncated", "greedy")
 HEADLINE = ("off", "on")                                        # (cfg, thinking)
 
 VERDICT_COLUMNS = {                                             # one row an image

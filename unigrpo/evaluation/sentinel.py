@@ -12,11 +12,11 @@ alarms at the same steps. Statistics are made by guards.py; scorers that are not
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from unigrpo.evaluation.guards import Estimate
+from unigrpo.evaluation.guards import Estimate, ImageSigns, border_color, image_guards, thinking_guards
 
 GOLD = "gold/"
 FALLS, RISES, MOVES = "falls", "rises", "moves"
@@ -252,3 +252,46 @@ class Sentinel:
         self.running = {name: list(value) for name, value in state["running"].items()}
         self.raised = list(state["raised"])
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+
+
+# --------------------------------------------------------------------------------------------------- at an evaluation
+
+BORDER = ("border_red", "border_green", "border_blue")
+
+
+def standing(signs: ImageSigns, texts: Sequence[str], *, samples: int) -> dict[str, float]:
+    """What an evaluation keeps for the sentinel: flat metrics, `sentinel/<guard>` and `sentinel/<guard>/noise`.
+
+    Args:
+        signs, texts: of P * samples images and thinkings, a prompt's side by side.
+    """
+    border = border_color(signs)
+    guards = {name: found for name, found in image_guards(signs, samples=samples, background=border).items()
+              if name != "background_drift"} | thinking_guards(texts, samples=samples)
+    return {**{f"sentinel/{name}": found.value for name, found in guards.items()},
+            **{f"sentinel/{name}/noise": found.noise for name, found in guards.items()},
+            **{f"sentinel/{name}": value for name, value in zip(BORDER, border, strict=True)}}
+
+
+def compare_standing(before: Mapping[str, float], after: Mapping[str, float],
+                     thresholds: Thresholds | None = None) -> dict[str, dict[str, float | bool]]:
+    """Guard -> {before, after, change in its bad direction, allowed, past} of two evaluations on the same prompts and noise.
+
+    A change is past where it exceeds the guard's floor and the noise of both, whatever the reward did: an evaluation knows no
+    reward. Guards that only a run can measure (entropy, drift of the velocity) are not among them.
+    """
+    sentinel = Sentinel(thresholds or Thresholds())
+    names = [name for name in GUARDS if f"sentinel/{name}" in before and f"sentinel/{name}" in after]
+    rows = {name: [Estimate(found[f"sentinel/{name}"], found[f"sentinel/{name}/noise"], 0.0) for found in (before, after)]
+            for name in names}
+    if all(f"sentinel/{name}" in found for name in BORDER for found in (before, after)):
+        away = math.sqrt(sum((after[f"sentinel/{name}"] - before[f"sentinel/{name}"]) ** 2 for name in BORDER))
+        rows["background_drift"] = [Estimate(0.0, 0.0, 0.0), Estimate(away, 0.0, 0.0)]
+    found: dict[str, dict[str, float | bool]] = {}
+    for name, (old, new) in rows.items():
+        sentinel.first[name] = [[old.value, old.noise, old.spread]]
+        change = sentinel.change(name, new)
+        allowed = max(sentinel.thresholds.floor(name, old.value),
+                      sentinel.thresholds.sigmas * math.hypot(old.noise, new.noise))
+        found[name] = {"before": old.value, "after": new.value, "change": change, "allowed": allowed, "past": change > allowed}
+    return found

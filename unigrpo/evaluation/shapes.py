@@ -13,6 +13,7 @@ from unigrpo.evaluation import geneval
 from unigrpo.evaluation.outcomes import VERDICT_COLUMNS, significant
 from unigrpo.types import PromptRecord
 from unigrpo.worlds.shapes.detect import detect
+from unigrpo.worlds.shapes.scene import IMAGE_SIZE, SHAPES
 from unigrpo.worlds.shapes.thinking import parse_plan, plan_satisfies
 from unigrpo.worlds.shapes.verify import verify
 
@@ -27,7 +28,7 @@ def verdict_rows(images: npt.NDArray[np.float32], records: Sequence[PromptRecord
         thinking: B texts that conditioned the images, "" without thinking.
         samples: B sample indices within the prompt.
         cfg: guidance, off or on.
-        cell: which thinking: on, off, shuffled or greedy.
+        cell: which thinking, of outcomes.THINKING.
         paths: B relative paths of saved images, "" where none was saved; None if none was.
     Returns: one row an image (VERDICT_COLUMNS): `exact` and `graded` by the verifier (no extra objects), `geneval` and
         `reason` by GenEval's rules at their official thresholds, `plan_right` if the thinking plans a scene that satisfies
@@ -57,6 +58,12 @@ def verdict_rows(images: npt.NDArray[np.float32], records: Sequence[PromptRecord
                                       for item in found], separators=(",", ":")),
         })
     return pd.DataFrame(rows, columns=list(VERDICT_COLUMNS))
+
+
+def are_shapes(images: npt.NDArray[np.float32], records: Sequence[PromptRecord]) -> bool:
+    """Whether the verifier can read these (B, H, W, 3) pictures: they have the world's size and prompts about its shapes."""
+    return images.shape[1:3] == (IMAGE_SIZE, IMAGE_SIZE) and all(
+        clause["class"] in SHAPES for record in records for clause in (*record.include, *record.exclude))
 
 
 def is_plan_right(text: str, record: PromptRecord) -> bool:

@@ -63,6 +63,12 @@ def guidance_active(sigma: float | Tensor, interval: tuple[float, float]) -> boo
     return bool((low < value) & (value <= high))
 
 
+def model_calls(sigmas: Tensor, interval: tuple[float, float] | None) -> int:
+    """Model calls of one image over a schedule (S+1,): one a step, two where guidance is active. None: no guidance."""
+    steps = len(sigmas) - 1
+    return steps if interval is None else steps + sum(guidance_active(s, interval) for s in sigmas[:-1])
+
+
 def _rescale(reference: Tensor, value: Tensor, dims: tuple[int, ...], minimum: float) -> Tensor:
     """How much to shrink `value` so that its norm does not exceed the reference's."""
     norm = torch.linalg.vector_norm(reference, dim=dims, keepdim=True)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from unigrpo.prompts.firewall import Firewall, refuse_overlap, shipped_firewall
 from unigrpo.prompts.leakage import canonical_text, deduplicate, leakage_report, refuse_leaks, specification_key
 from unigrpo.prompts.records import write_records
 from unigrpo.seeding import generator
@@ -23,6 +24,7 @@ from unigrpo.worlds.shapes.reasoning import KINDS
 from unigrpo.worlds.shapes.thinking import parse_plan, plan_satisfies, sft_thinking
 
 SPLITS: tuple[str, ...] = ("sft", "train", "validation", "eval")
+TRAINED: tuple[str, ...] = ("sft", "train", "validation")  # validation too: hyper-parameters are chosen on it
 SHARES: dict[str, float] = {"sft": 0.38, "train": 0.32, "validation": 0.08, "eval": 0.22}  # of all specifications
 PATIENCE = 400  # draws without a new prompt after which a stratum counts as exhausted
 
@@ -164,8 +166,18 @@ def add_thinking(records: Sequence[PromptRecord], *, seed: int, error_share: flo
             for r in records]
 
 
+def from_file(split: str, records: Sequence[PromptRecord], size: int) -> list[PromptRecord]:
+    """The first `size` prompts of a file, without duplicates, as a split. Raises ValueError if there are fewer."""
+    kept, dropped = deduplicate(replace(r, split=split, thinking=None) for r in records)
+    if len(kept) < size:
+        raise ValueError(f"curate.files.{split} must hold the {size} distinct prompts of curate.{split}, got {len(kept)} "
+                         f"and {dropped} duplicates; lower curate.{split} in params, or give a longer file")
+    return kept[:size]
+
+
 def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], thinking_error: float, systematic_share: float,
            shares: Mapping[str, float] = SHARES, extra: Mapping[str, Sequence[PromptRecord]] | None = None,
+           files: Mapping[str, Sequence[PromptRecord]] | None = None, firewall: Firewall | None = None,
            **settings: Any) -> dict[str, float]:
     """Write `<split>.jsonl`, `statistics.json` and `leakage.json`.
 
@@ -175,11 +187,17 @@ def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], thinking_error:
         thinking_error: share of wrong plans among the sft split's reasoning prompts.
         systematic_share: share of these that are the concept's systematic mistake.
         extra: split -> imported records that join the generated ones (a benchmark's prompts in eval, say).
-    Returns: metrics, flat: prompts per split, share that needs reasoning, dropped duplicates, leaks (0).
-    Raises: ValueError naming both prompts and their splits if a prompt, its canonical text or its specification is in two.
+        files: split -> records that take the place of the generated ones.
+        firewall: what no split that trains or chooses may ask for; the shipped benchmarks by default.
+    Returns: metrics, flat: prompts per split, share that needs reasoning, dropped duplicates, leaks (0), prompts compared with
+        the benchmarks.
+    Raises: ValueError naming both prompts and their splits if a prompt, its canonical text or its specification is in two; or
+        listing the prompts that ask for what a benchmark asks for.
     """
     splits = generate(seed=seed, sizes=sizes, shares=shares, **settings)
     dropped = 0
+    for split, records in (files or {}).items():
+        splits[split] = from_file(split, records, sizes[split])
     for split, records in (extra or {}).items():
         if split not in SPLITS:
             raise ValueError(f"extra prompts need a split among {SPLITS}, got {split!r}")
@@ -187,6 +205,8 @@ def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], thinking_error:
         splits[split] = merged
         dropped += removed
     refuse_leaks(splits)
+    firewall = shipped_firewall() if firewall is None else firewall
+    compared = sum(refuse_overlap(splits[split], firewall) for split in TRAINED)
     splits["sft"] = [r if r.thinking is not None else thought for r, thought in zip(
         splits["sft"], add_thinking(splits["sft"], seed=seed, error_share=thinking_error,
                                     systematic_share=systematic_share), strict=True)]
@@ -198,7 +218,9 @@ def curate(folder: Path, *, seed: int, sizes: Mapping[str, int], thinking_error:
     for name, content in (("statistics", stats), ("leakage", report)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     metrics: dict[str, float] = {"curate/leaks": report["leaks"], "curate/duplicates_dropped": dropped,
-                                 "curate/eval_held_out": report["evaluation"]["held_out_combinations"]}
+                                 "curate/eval_held_out": report["evaluation"]["held_out_combinations"],
+                                 "curate/benchmark_checked": compared,
+                                 "curate/benchmark_prompts": sum(firewall.sources.values())}
     metrics["curate/sft_wrong_plans"] = round(stats["sft"]["wrong_plans"] / stats["sft"]["prompts"], 4)
     for split, entry in stats.items():
         metrics[f"curate/{split}_prompts"] = entry["prompts"]

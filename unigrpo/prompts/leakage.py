@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from unigrpo.prompts.canonical import include_form
 from unigrpo.types import PromptRecord
+from unigrpo.worlds.shapes.scene import SHAPES
 from unigrpo.worlds.shapes.specification import read_include
 
 Splits = Mapping[str, Sequence[PromptRecord]]
@@ -32,7 +34,9 @@ def canonical_text(prompt: str) -> str:
 
 def specification_key(record: PromptRecord) -> str:
     """What a prompt asks for, freed from its words: paraphrases share it, whatever has to be inferred."""
-    return read_include(record.include).key()
+    if all(clause["class"] in SHAPES for clause in record.include):
+        return read_include(record.include).key()
+    return str(include_form(record.include) or canonical_text(record.prompt))  # of a file's prompt, about other things
 
 
 def keys(record: PromptRecord) -> dict[str, str]:

@@ -3,6 +3,7 @@
     arms[run][metric]        = {value, low, high, over, seeds}   one checkpoint: bootstrap over prompts; several: t interval
     differences["a-b"][...]  likewise, paired: the same prompts and the same noise on both sides
     controls[run][...]       likewise, between cells of one checkpoint: what the thinking contributes
+    understanding["a-b"], sentinel[checkpoint]: see effects.py
 
 `over` says what the interval is over, `seeds` holds every training seed singly. Seeds vary RL only: all intervals are
 conditional on one base and one warm-up.
@@ -23,6 +24,7 @@ import pandas as pd
 
 from unigrpo.config import Config
 from unigrpo.digests import sha256_inputs
+from unigrpo.evaluation.controls import read_understanding, thinking_effects, understanding_change
 from unigrpo.evaluation.outcomes import (
     CFG,
     HEADLINE,
@@ -35,16 +37,12 @@ from unigrpo.evaluation.outcomes import (
     significant,
 )
 from unigrpo.evaluation.statistics import LEVEL, Measure, across_seeds, mean_interval, paired_difference, value_of
+from unigrpo.report.effects import sentinel_of
 from unigrpo.seeding import generator
 from unigrpo.stages import MAIN_RUN, read_experiment, report_inputs
 
 PREFIX = "bench/shapes/"
 HEADLINE_METRIC = f"{PREFIX}exact"
-CONTROLS = {                                # name -> (first, second) thinking of the cells compared, guidance off
-    "thinking on - shuffled": ("on", "shuffled"),
-    "thinking on - off": ("on", "off"),
-    "thinking greedy - on": ("greedy", "on"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ class Checkpoint:
     Args:
         name: its folder below artifacts/<scale>/: base, sft or <run>/<seed>.
         outcomes: one row a prompt and cell. training: flat counts and last values of its training stage.
+        understanding: one row a prompt. metrics: flat, of the evaluation.
         curves: one row a logged step, columns `step` and metrics; NaN where a metric was not measured.
         samples: the saved images' records, `image` being a file below `folder`/samples.
     """
@@ -61,6 +60,8 @@ class Checkpoint:
     name: str
     folder: Path
     outcomes: pd.DataFrame
+    understanding: pd.DataFrame
+    metrics: dict[str, float]
     training: dict[str, float]
     curves: pd.DataFrame
     samples: list[dict[str, Any]]
@@ -147,7 +148,8 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     samples = read_json(folder / "samples" / "samples.json", "evaluate", list)
     for sample in samples:
         needed(folder / "samples" / sample["image"], "evaluate")
-    return Checkpoint(name, folder, outcomes, training, curves, samples)
+    understanding = read_understanding(needed(folder / "understanding.csv", "evaluate"))
+    return Checkpoint(name, folder, outcomes, understanding, metrics, training, curves, samples)
 
 
 def needed(path: Path, stage: str) -> Path:
@@ -254,10 +256,16 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
         if matched:
             differences[f"{first}-{second}"] = combine({
                 a.seed: compare(statistics, measures[a.name], measures[b.name], a.name, b.name) for a, b in matched})
-    controls = {run: combine({c.seed: control(statistics, c) for c in members}) for run, members in arms.items()}
+    controls = {run: combine({c.seed: thinking_effects(c.outcomes, statistics.difference) for c in members})
+                for run, members in arms.items()}
+    warm = next(iter(arms.get("sft", [])), None)
+    trained = [c for c in inputs.checkpoints if c.run not in ("base", "sft")]
+    lost = {f"{run}-sft": combine({c.seed: understanding_change(warm.understanding, c.understanding, statistics.difference)
+                                   for c in members}) for run, members in arms.items() if warm and members[0] in trained}
     report = {
         "scale": inputs.scale, "report": inputs.which, "arms": values, "differences": differences,
-        "controls": {run: found for run, found in controls.items() if found},
+        "controls": {run: found for run, found in controls.items() if found}, "understanding": lost,
+        "sentinel": {c.name: sentinel_of(c.training, warm.metrics if warm else None, c.metrics) for c in trained},
         "cost": {c.name: {key.removeprefix("cost/"): value for key, value in sorted(c.training.items())
                           if key.startswith("cost/")} for c in inputs.checkpoints},
         "measured": measured(inputs, config), "exposure": exposure(inputs, config), "inputs": inputs.digests,
@@ -280,14 +288,6 @@ def compare(statistics: Statistics, first: Mapping[str, Measure], second: Mappin
     except ValueError as error:
         raise ValueError(f"{first_name} and {second_name} were not evaluated alike: {error}; evaluate both again "
                          "(their outcomes.csv must list the same prompts)") from error
-
-
-def control(statistics: Statistics, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Differences in exact accuracy between cells of one checkpoint, guidance off."""
-    there = set(checkpoint.outcomes.loc[checkpoint.outcomes["cfg"] == HEADLINE[0], "thinking"])
-    cells = {name: measure(cell(checkpoint.outcomes, HEADLINE[0], name), "exact") for name in THINKING if name in there}
-    return {name: statistics.difference(cells[first], cells[second])
-            for name, (first, second) in CONTROLS.items() if first in cells and second in cells}
 
 
 def measured(inputs: Inputs, config: Config) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def exposure(inputs: Inputs, config: Config) -> dict[str, Any]:
     dropped, direct = config.sft.condition_dropout, config.sft.direct_share
     shares = {"on": 1 - direct, "greedy": 1 - direct, "off": direct}
     cells = {f"cfg_{cfg}-thinking_{thinking}": thinking for cfg in CFG for thinking in THINKING
-             if (cfg, thinking) != ("on", "greedy")}
+             if cfg == "off" or thinking not in ("greedy", "truncated")}
     sft = next((c.training for c in inputs.checkpoints if c.name == "sft"), {})
     return {"cells": {name: significant((1 - dropped) * shares.get(thinking, 0.0)) for name, thinking in cells.items()},
             "unconditional": {name: significant(dropped * shares.get(thinking, 1 - direct)) for name, thinking in cells.items()

@@ -35,7 +35,7 @@ th, td { padding: .38rem 1.3rem .38rem 0; text-align: right; border-bottom: 1px 
 th { font-weight: 600; } thead th { border-bottom: 1.5px solid #9aa0a8; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } tbody th { font-weight: 400; }
 td small { display: block; color: var(--soft); font-size: .76rem; white-space: nowrap; }
-td.gain { font-weight: 600; } td.gain small { font-weight: 400; }
+td.gain { font-weight: 600; } td.wrong { color: var(--wrong); } td.gain small { font-weight: 400; }
 td.shade { padding: .45rem .85rem; text-align: center; border: 3px solid #fff; }
 .columns { display: flex; flex-wrap: wrap; gap: 0 3rem; }
 .grid th { padding-right: 1rem; }

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
 from unigrpo.config import Config
 from unigrpo.evaluation.outcomes import CFG, HEADLINE, THINKING
-from unigrpo.report import markup
+from unigrpo.report import effects, markup
 from unigrpo.report.data import PREFIX, Checkpoint, Inputs
 from unigrpo.report.figures import SUPERVISED_PANELS, arm_colors, curves_figure, results_figure, training_panels
 from unigrpo.report.table import ROWS, arm_order, footnote
 
-THINKING_NAMES = {"on": "sampled", "greedy": "greedy", "off": "off", "shuffled": "another prompt's"}
+THINKING_NAMES = {"on": "sampled", "greedy": "greedy", "off": "off", "shuffled": "another prompt's",
+                  "truncated": "its first half"}
 COST_NAMES = {"prompts": "prompts", "images": "images", "text_tokens": "text tokens", "model_calls": "image model calls",
               "updates": "optimizer updates", "flops": "FLOPs"}
 DEFINITIONS = {
@@ -37,7 +39,9 @@ def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config) -> st
         ("results", "Results", results(report, arms, colors)),
         ("categories", "By category and kind of reasoning", categories(report, arms, colors)),
         ("grid", "Guidance and thinking", grid(report, arms, colors)),
+        ("understanding", "Understanding", effects.understanding(report)),
         ("curves", "Training curves", curves(inputs, config, colors)),
+        ("sentinel", "Sentinel", effects.sentinel(report)),
         ("gallery", "Before and after", gallery(inputs, config, colors)),
         ("leakage", "Leakage between splits", leakage(inputs)),
         ("prompts", "Prompts", prompts(inputs)),
@@ -148,11 +152,8 @@ def grid(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, st
     parts = [markup.paragraph("Every checkpoint draws every prompt in every cell, from the same noise. The last column says "
                               "how much of the warm-up was drawn in the cell's context, so how well the model could know it."),
              markup.table(header, rows, caption="Exact accuracy, percent", kind="grid"), markup.paragraph(text)]
-    found = list(dict.fromkeys(name for entries in report["controls"].values() for name in entries))
-    rows = [[escape(name.replace(" - ", " − ")), *(interval_cell(report["controls"].get(arm, {}).get(name), gain=True)
-                                                   for arm in arms)] for name in found]
-    return parts + ([markup.table(["points of exact accuracy", *(arm_name(arm, colors) for arm in arms)], rows,
-                                  caption="What the thinking contributes, guidance off, paired")] if rows else [])
+    names = [arm_name(arm, colors) for arm in arms]
+    return parts + effects.contribution(report["controls"], names, arms, partial(interval_cell, gain=True))
 
 
 def shaded(entry: Mapping[str, Any] | None) -> str:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from unigrpo.rewards.shapes import RewardFunction
+from unigrpo.schema import SIZED_REWARD
 
 # By name and not by import: a stage depends on what it imports, and a run of the shapes world on none of these.
 # The factories take the reward's options (docs/rewards.md) as keywords.
@@ -26,8 +27,6 @@ FACTORIES: dict[str, str] = {
     "mixture": "unigrpo.rewards.mixture:mixture",
 }
 REMOTE, CUSTOM = "unigrpo.rewards.client:remote_reward", "unigrpo.rewards.custom:custom"
-# A detector at another input size than its own is another scorer, and its reward has another name.
-SIZED = re.compile(r"(geneval_(?:soft|strict)_mask2former_hf)_(\d{1,5})px")
 
 
 def make_reward(name: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
@@ -59,7 +58,7 @@ def _make(name: str, text: str) -> RewardFunction:
         return _call(f"{name} at a server", REMOTE, {"names": [name], **options["server"]})
     if ":" in name:
         return _call(name, CUSTOM, {"specification": name, "options": options})
-    sized = SIZED.fullmatch(name)
+    sized = re.fullmatch(SIZED_REWARD, name)
     if sized:
         options, name = {**options, "shorter": int(sized[2])}, sized[1]
     if name in FACTORIES:

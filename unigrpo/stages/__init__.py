@@ -87,7 +87,8 @@ def report_inputs(scale: str, checkpoints: list[str]) -> tuple[str, ...]:
     files = [f"artifacts/{scale}/curate.json", f"artifacts/{scale}/prompts"]
     for checkpoint in checkpoints:
         folder = f"artifacts/{scale}/{checkpoint}"
-        files += [f"{folder}/{file}" for file in ("training.json", "curves.csv", "metrics.json", "outcomes.csv", "samples")]
+        files += [f"{folder}/{file}" for file in ("training.json", "curves.csv", "metrics.json", "outcomes.csv",
+                                                   "understanding.csv", "samples")]
     return tuple(files)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from unigrpo.adapters import AdapterState, add_lora, has_adapters
@@ -19,19 +19,20 @@ from unigrpo.checkpoint import (
 )
 from unigrpo.config import Config
 from unigrpo.cost import replay_flops, rollout_flops
-from unigrpo.evaluate import draw_grid
-from unigrpo.evaluation.shapes import verdict_rows
+from unigrpo.evaluation.sentinel import Sentinel, Thresholds
 from unigrpo.prompts.records import read_records
-from unigrpo.rewards import get_reward
+from unigrpo.rewards import RewardFunction
 from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator, shuffled_index
 from unigrpo.stages.loading import DTYPES, load_policy, save_policy
 from unigrpo.stages.session import Session, session, tail_mean
+from unigrpo.stages.watch import Lookout, good_folder, keep_good, look, reward_functions, since_last_probe, watch
 from unigrpo.train import train
 from unigrpo.types import PromptRecord, Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 
 PROBE_SEED = 1_000_003  # probes look at other noise than evaluation does
+PROBE_SAMPLES = 2
 INERT_PENALTY = 0.01  # a penalty whose gradient is this share of the policy's, or less, holds nothing
 
 
@@ -42,20 +43,24 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
     with session("train", f"{scale}-{run}-{seed}", scale=scale, run=run, seed=seed, output=f"artifacts/{scale}/{run}/{seed}",
                  inputs=(prompts, sft), root=root, provenance=provenance) as stage:
         config = stage.config
+        rewards, sentinel = reward_functions(config), Sentinel(Thresholds.changed(config.train.sentinel.thresholds))
         policy, optimizer = rl_start(root / sft, config)
-        start = resume(stage, policy, optimizer)
+        start = resume(stage, policy, optimizer, sentinel)
         records = read_records(root / prompts / "train.jsonl")
         probes = read_records(root / prompts / "validation.jsonl")[:config.train.probe_prompts]
+        lookout = Lookout(probes, rewards, sentinel, good_folder(root, f"{scale}-{run}-{seed}"))
         stage.begin("", config.train.num_steps, start)
         policy.model.train()
         if config.train.activation_checkpointing:
             policy.model.activation_checkpointing_enable()
-        train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, config), config,
-              draw=partial(generator, config.seed), log=partial(record, stage, policy, probes),
-              save=partial(save, stage, policy, optimizer), start_step=start)
+        train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, rewards), config,
+              draw=partial(generator, config.seed), log=partial(record, stage, policy, lookout),
+              save=partial(save, stage, policy, optimizer, sentinel), start_step=start)
         policy.model.eval()
         save_policy(stage.output / "checkpoint", policy, origin=root / sft)
-        return stage.write(summary(stage, policy))
+        if not sentinel.alarms:  # the run's own checkpoint is the good one
+            shutil.rmtree(lookout.good, ignore_errors=True)
+        return stage.write(summary(stage, policy, sentinel))
 
 
 def rl_start(checkpoint: Path, config: Config) -> tuple[BagelPolicy, torch.optim.Optimizer]:
@@ -85,7 +90,7 @@ def trained_part(policy: BagelPolicy) -> torch.nn.Module:
     return AdapterState(policy.model) if has_adapters(policy.model) else policy.model
 
 
-def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer) -> int:
+def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, sentinel: Sentinel) -> int:
     """Restore an interrupted run, its reference included. Returns the step to go on with."""
     found = load_training_state(stage.folder)
     if found is None:
@@ -97,15 +102,17 @@ def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer
         raise ValueError(f"{stage.folder} holds another reference than its state.json names; remove that folder to start again")
     restore_optimizers([optimizer], tensors["optimizer"])
     stage.restore(state)
+    sentinel.restore(state["sentinel"])
     return int(state["step"])
 
 
-def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, sentinel: Sentinel, step: int) -> None:
     """Save the training state every train.checkpoint_every steps, and at the end."""
     settings = stage.config.train
     if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps:
         save_training_state(stage.folder, step + 1, trained_part(policy), [optimizer],
-                            {**stage.state(), "reference": weights_digest(policy.reference_weights)},
+                            {**stage.state(), "sentinel": sentinel.state(),
+                             "reference": weights_digest(policy.reference_weights)},
                             extra=policy.reference_weights)
 
 
@@ -115,50 +122,69 @@ def step_prompts(records: Sequence[PromptRecord], config: Config, step: int) -> 
     return [records[shuffled_index(i, len(records), config.seed, "train-order")] for i in range(step * size, (step + 1) * size)]
 
 
-def rewards_of(policy: BagelPolicy, config: Config, rollouts: Rollouts) -> list[Reward]:
+def rewards_of(policy: BagelPolicy, rewards: Mapping[str, RewardFunction], rollouts: Rollouts) -> list[Reward]:
     """Every weighted reward of a batch of rollouts."""
     images, texts = policy.decode(rollouts.image.final_latents), policy.thinking_texts(rollouts)
-    return [reward for name in config.reward.weights for reward in get_reward(name)(images, rollouts.prompts, texts)]
+    return [found for reward in rewards.values() for found in reward(images, rollouts.prompts, texts)]
 
 
-def record(stage: Session, policy: BagelPolicy, probes: Sequence[PromptRecord], step: int, metrics: dict[str, float],
+def record(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int, metrics: dict[str, float],
            rollouts: Rollouts) -> None:
-    """Log a step; probe the policy and keep pictures where their turn has come."""
+    """Log a step; probe the policy and keep pictures where their turn has come.
+
+    Raises: ValueError where the sentinel raises an alarm and train.sentinel.stop is set.
+    """
     settings = stage.config.train
     last = step + 1 == settings.num_steps
+    alarm = ""
     if (step + 1) % settings.probe_every == 0 or step == 0 or last:
-        metrics = metrics | probe(policy, probes, stage.config)
+        probed, alarm = probe(stage, policy, lookout, step, metrics)
+        metrics = metrics | probed
     if step % settings.gallery_every == 0 or last:
-        rows = torch.arange(0, len(rollouts), rollouts.group_size)
-        images, texts = policy.decode(rollouts.image.final_latents[rows]), policy.thinking_texts(rollouts.select(rows))
-        scores = rewards_of(policy, stage.config, rollouts.select(rows))[0]
-        stage.add_pictures(images, [
-            {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text, "reward": round(float(score), 4)}
-            for i, text, score in zip(rows, texts, scores.value, strict=True)])
+        add_pictures(stage, policy, lookout.rewards, step, rollouts)
     if step > settings.num_steps // 2 and (ratio := metrics.get("image/penalty_gradient_ratio", 1.0)) < INERT_PENALTY:
         metrics = metrics | {"image/penalty_inert": 1.0}
         if not any("image/penalty_inert" in row for row in stage.curves):
             print(f"{stage.name}: the penalty's gradient is {ratio:.1%} of the policy's; raise "
                   "objective.image.regularizer_weight, or call the run unregularised", file=sys.stderr, flush=True)
-    probed = {"probe_exact": metrics["probe/exact"]} if "probe/exact" in metrics else {}
-    stage.log(step, metrics, reward=metrics["reward/mean"], **probed)
+    shown = {"probe_exact": metrics["probe/exact"]} if "probe/exact" in metrics else {}
+    stage.log(step, metrics, reward=metrics["reward/mean"], **shown)
+    if alarm and settings.sentinel.stop:
+        raise ValueError(f"{stage.name} stops at its sentinel's alarm, as train.sentinel.stop asks: {alarm}; change the reward "
+                         "(or the threshold, if the change is wanted) in params")
 
 
-def probe(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *, samples: int = 2) -> dict[str, float]:
-    """probe/*: accuracy on validation prompts, headline cell. Never a benchmark: few prompts, and choices look at it."""
-    policy.model.eval()
-    frames = [verdict_rows(b.images, [p for p, _ in b.rows], b.texts, samples=[i for _, i in b.rows], cfg=b.cfg, cell=b.cell)
-              for b in draw_grid(policy, prompts, config, [("off", "on")], samples=samples, batch=config.evaluate.batch,
-                                 seed=PROBE_SEED)]
-    policy.model.train()
-    values = {name: float(np.mean(np.concatenate([f[name].to_numpy(dtype=float) for f in frames])))
-              for name in ("exact", "graded", "geneval", "plan_right")}
-    return {"probe/exact": values["exact"], "probe/graded": values["graded"], "probe/geneval": values["geneval"],
-            "probe/thinking_accuracy": values["plan_right"]}
+def probe(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int,
+          metrics: Mapping[str, float]) -> tuple[dict[str, float], str]:
+    """Look at the policy; say an alarm on stderr and tag the run with it. Returns metrics, and the alarms in words."""
+    sentinel = lookout.sentinel
+    seen = look(policy, lookout.prompts, stage.config, samples=PROBE_SAMPLES, seed=PROBE_SEED, rewards=lookout.rewards)
+    found, alarms = watch(seen, sentinel, step, [*since_last_probe(stage.curves), metrics], lookout.rewards)
+    if stage.config.train.sentinel.keep_good and sentinel.good == step:
+        keep_good(lookout.good, policy, step)
+    if not alarms:
+        return found, ""
+    kept = f"; the weights of step {sentinel.good} are kept in {lookout.good}" if stage.config.train.sentinel.keep_good else ""
+    words = "; ".join(alarm.sentence() for alarm in alarms) + kept
+    print(f"{stage.name}: ALARM, {words}", file=sys.stderr, flush=True)
+    stage.tracker.set_tags({"sentinel.alarm": ",".join(alarm.guard for alarm in sentinel.alarms),
+                            "sentinel.good_step": str(sentinel.good)})
+    return found, words
 
 
-def summary(stage: Session, policy: BagelPolicy) -> dict[str, float]:
-    """Means over the last tenth of the run, the last probe, and counted work."""
+def add_pictures(stage: Session, policy: BagelPolicy, rewards: Mapping[str, RewardFunction], step: int,
+                 rollouts: Rollouts) -> None:
+    """The first rollout of every prompt into the gallery, with its reward (the first of the run's)."""
+    rows = torch.arange(0, len(rollouts), rollouts.group_size)
+    images, texts = policy.decode(rollouts.image.final_latents[rows]), policy.thinking_texts(rollouts.select(rows))
+    scores = rewards_of(policy, rewards, rollouts.select(rows))[0]
+    stage.add_pictures(images, [
+        {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text, "reward": round(float(score), 4)}
+        for i, text, score in zip(rows, texts, scores.value, strict=True)])
+
+
+def summary(stage: Session, policy: BagelPolicy, sentinel: Sentinel) -> dict[str, float]:
+    """Means over the last tenth of the run, the last probe, the sentinel's alarms (guard -> first step), and counted work."""
     config, curves = stage.config, stage.curves
     rows, model = max(1, len(curves) // 10), policy.model.config
     out = {name: tail_mean(curves, name, rows) for name in
@@ -166,6 +192,9 @@ def summary(stage: Session, policy: BagelPolicy) -> dict[str, float]:
             "image/velocity_mse", "image/latent_kl", "thinking/length", "thinking/truncated",
             "mismatch/text", "mismatch/image")}
     out |= {name: row[name] for row in curves for name in row if name.startswith("probe/")}
+    out |= {"sentinel/probes": float(sum("sentinel/alarms" in row for row in curves)),
+            "sentinel/alarms": float(len(sentinel.alarms)), "sentinel/good_step": float(sentinel.good or 0)}
+    out |= {f"sentinel/alarm/{alarm.guard}": float(alarm.step) for alarm in reversed(sentinel.alarms)}
     totals = {name: sum(row.get(name, 0.0) for row in curves) for name in
               ("cost/text_tokens", "cost/images", "cost/model_calls", "cost/prompt_tokens", "cost/reference_passes")}
     prompts = config.rollout.prompts_per_step * len(curves)

@@ -1,9 +1,15 @@
-"""One probe of a policy, and what the sentinel wants to know of it: the reward, and everything that is not rewarded."""
+"""The probes of a run: the policy draws the same prompts again, and the sentinel looks for what nobody rewards.
+
+    look     draws and judges        watch    tells the sentinel, and makes metrics of what it saw
+    guards   what it compares        keep     the weights of the last probe without a suspicion, outside DVC's outputs
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,10 +29,12 @@ from unigrpo.evaluation.guards import (
     thinking_guards,
 )
 from unigrpo.evaluation.outcomes import HEADLINE
-from unigrpo.evaluation.sentinel import GOLD, Sentinel
-from unigrpo.evaluation.shapes import verdict_rows
+from unigrpo.evaluation.sentinel import GOLD, Alarm, Sentinel
+from unigrpo.evaluation.shapes import are_shapes, verdict_rows
+from unigrpo.resume import STATE
 from unigrpo.rewards import RewardFunction, get_reward
 from unigrpo.rollout import BagelPolicy
+from unigrpo.stages.loading import save_policy
 from unigrpo.types import PromptRecord
 
 SCORERS = {"shapes_exact": "exact", "shapes_graded": "graded", "geneval": "geneval", "thinking": "plan_right"}
@@ -38,11 +46,12 @@ class Look:
     """What a probe saw: S images of each of P prompts, a prompt's side by side.
 
     Args:
-        verdicts: one row an image. signs: of the images. texts: their thinkings.
+        verdicts: one row an image; None for pictures of anything but shapes, which the verifier cannot read.
+        signs: of the images. texts: their thinkings.
         rewards: (P, S) weighted sums of what is optimised, NaN where missing.
     """
 
-    verdicts: pd.DataFrame
+    verdicts: pd.DataFrame | None
     signs: ImageSigns
     texts: list[str]
     rewards: Floats
@@ -53,27 +62,44 @@ class Look:
         return int(self.rewards.shape[1])
 
 
+@dataclass(frozen=True)
+class Lookout:
+    """What watches a run: the prompts of its probes, its rewards by name, its sentinel, and where good weights are kept."""
+
+    prompts: Sequence[PromptRecord]
+    rewards: Mapping[str, RewardFunction]
+    sentinel: Sentinel
+    good: Path
+
+
+def reward_functions(config: Config) -> dict[str, RewardFunction]:
+    """The rewards of a run by name; models load here. Raises ValueError for a name or options that do not exist."""
+    return {name: get_reward(name, config.reward.options.get(name)) for name in config.reward.weights}
+
+
 def look(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *, samples: int, seed: int,
          rewards: Mapping[str, RewardFunction] | None = None) -> Look:
     """Draw the headline cell for some prompts, always with the same noise, and judge it.
 
     Args:
-        rewards: by name, every one of config.reward.weights; the built-in ones by default.
+        rewards: by name, every one of config.reward.weights; made from config by default.
     """
-    functions = {name: get_reward(name) for name in config.reward.weights} if rewards is None else rewards
+    functions = reward_functions(config) if rewards is None else rewards
     policy.model.eval()
     frames, signs, texts, scores = [], [], [], []
     for batch in draw_grid(policy, prompts, config, [HEADLINE], samples=samples, batch=config.evaluate.batch, seed=seed):
         records = [record for record, _ in batch.rows]
-        frames.append(verdict_rows(batch.images, records, batch.texts, samples=[i for _, i in batch.rows], cfg=batch.cfg,
-                                   cell=batch.cell))
+        if are_shapes(batch.images, records):
+            frames.append(verdict_rows(batch.images, records, batch.texts, samples=[i for _, i in batch.rows], cfg=batch.cfg,
+                                       cell=batch.cell))
         signs.append(describe_images(batch.images))
         texts += batch.texts
         values = {reward.name: reward.value for function in functions.values()
                   for reward in function(batch.images, records, batch.texts)}
         scores.append(sum(weight * values[name].double().numpy() for name, weight in config.reward.weights.items() if weight))
     policy.model.train()
-    return Look(pd.concat(frames, ignore_index=True), join_signs(signs), texts,
+    whole = len(frames) == len(signs)  # a few pictures that can be judged would be another set of prompts
+    return Look(pd.concat(frames, ignore_index=True) if whole else None, join_signs(signs), texts,
                 np.concatenate(scores).reshape(-1, samples))
 
 
@@ -93,5 +119,54 @@ def guards_of(seen: Look, sentinel: Sentinel, curves: Sequence[Mapping[str, floa
     for guard, metric in (("thinking_entropy", "thinking/rollout_entropy"), ("velocity_drift", "image/velocity_mse")):
         if (logged := over_steps(curves, metric)) is not None:
             found[guard] = logged
+    if seen.verdicts is None:
+        return found
     return found | {GOLD + name: estimate(seen.verdicts[column].to_numpy(np.float64).reshape(-1, seen.samples))
                     for name, column in SCORERS.items() if name not in optimised}
+
+
+def watch(seen: Look, sentinel: Sentinel, step: int, curves: Sequence[Mapping[str, float]],
+          optimised: Collection[str]) -> tuple[dict[str, float], list[Alarm]]:
+    """Tell the sentinel of a probe.
+
+    Args:
+        step: of the probe. curves, optimised: see `guards_of`.
+    Returns: metrics: probe/reward and, of shapes, probe/{exact,graded,geneval,thinking_accuracy}, never a benchmark: few
+        prompts, and choices look at them; sentinel/<guard> of what is measured here alone; sentinel/alarms, how many are on;
+        and the alarms that rise. A probe without any reward (a server that died) tells the sentinel nothing.
+    """
+    guards = guards_of(seen, sentinel, curves, optimised)
+    metrics = {f"sentinel/{name}": found.value for name, found in guards.items()
+               if not name.startswith(GOLD) and name not in ("velocity_drift", "thinking_entropy")}
+    if seen.verdicts is not None:
+        metrics |= {f"probe/{metric}": float(seen.verdicts[column].to_numpy(np.float64).mean()) for metric, column in
+                    (("exact", "exact"), ("graded", "graded"), ("geneval", "geneval"), ("thinking_accuracy", "plan_right"))}
+    if np.isnan(seen.rewards).all():
+        return metrics | {"probe/reward_missing": 1.0}, []
+    metrics["probe/reward"] = float(np.nanmean(seen.rewards))
+    alarms = [] if np.isnan(seen.rewards).any(axis=1).all() else sentinel.watch(step, estimate(seen.rewards), guards)
+    return metrics | {"sentinel/alarms": float(len(sentinel.raised))}, alarms
+
+
+def since_last_probe(curves: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The logged rows after the last probe's."""
+    probed = [index for index, row in enumerate(curves) if any(name.startswith("sentinel/") for name in row)]
+    return list(curves[probed[-1] + 1 if probed else 0:])
+
+
+def good_folder(root: Path, name: str) -> Path:
+    """Where the last good weights of a run lie, beside the resume folders: no result, so no output of DVC's."""
+    return root / STATE / "good" / name
+
+
+def keep_good(folder: Path, policy: BagelPolicy, step: int) -> None:
+    """Keep the policy of a probe without a suspicion, in place of the one before; a kill leaves one of the two."""
+    new = folder / f"step-{step:06d}"
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_policy(partial, policy)
+    shutil.rmtree(new, ignore_errors=True)
+    partial.rename(new)
+    for old in folder.glob("step-*"):
+        if old != new:
+            shutil.rmtree(old)
