@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from disguises import DISGUISES
+from official_files import BENCHMARKS, needs_benchmarks
 
 from unigrpo.evaluation.geneval import COLORS, RELATIONS
 from unigrpo.prompts import geneval_grammar, shipped
@@ -19,9 +20,7 @@ from unigrpo.prompts.importers import CATEGORIES, read_prompts, text_record
 from unigrpo.seeding import generator
 from unigrpo.worlds.shapes import sample_record
 
-BENCHMARKS = Path(__file__).parents[2] / "shared" / "benchmarks"
 OFFICIAL = [json.loads(line) for line in official_lines()]
-needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' files are not beside the checkout")
 
 
 def plain_record(prompt: str):

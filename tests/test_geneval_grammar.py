@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from official_files import BENCHMARKS, needs_benchmarks
 
 from unigrpo.evaluation.geneval import TAGS
 from unigrpo.prompts.firewall import shipped_firewall
@@ -26,8 +27,6 @@ from unigrpo.prompts.importers import GENEVAL, official_digests
 from unigrpo.prompts.records import read_records, write_records
 from unigrpo.types import PromptRecord
 
-BENCHMARKS = Path(__file__).parents[2] / "shared" / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def records() -> list[PromptRecord]:
@@ -45,7 +44,7 @@ def test_the_official_files_are_made_byte_for_byte() -> None:
     assert hashlib.sha256(prompts.encode()).hexdigest() == digests["geneval/generation_prompts.txt"]
 
 
-@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' files are not beside the checkout")
+@needs_benchmarks
 def test_the_official_files_are_equal() -> None:
     assert "".join(line + "\n" for line in official_lines()) == (BENCHMARKS / GENEVAL).read_text()
     assert [*CLASSES] == (BENCHMARKS / "geneval" / "object_names.txt").read_text().split("\n")[:80]

@@ -8,14 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from official_files import BENCHMARKS, needs_benchmarks
 
 from unigrpo.cli import main
 from unigrpo.prompts.geneval_grammar import official_lines
 from unigrpo.prompts.importers import CATEGORIES, read_prompts
 from unigrpo.prompts.records import read_records, record_id
-
-BENCHMARKS = Path(__file__).parents[2] / "shared" / "benchmarks"
-needs_benchmarks = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks' files are not beside the checkout")
 
 
 @pytest.fixture

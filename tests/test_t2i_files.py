@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from compbench_sets import PARSER, PROMPTS, draw, write_prompts
+from official_files import BENCHMARKS, needs_benchmarks
 from vqa_models import nlp
 
 from unigrpo.cli import main
@@ -17,7 +18,7 @@ from unigrpo.evaluation.parses import Parses, digest, load_parses, parse_prompts
 from unigrpo.evaluation.t2i_compbench import CATEGORIES
 from unigrpo.evaluation.t2i_prompts import OFFICIAL_SHA256, find_images, read_prompts
 
-OFFICIAL = Path(__file__).parents[2] / "shared" / "benchmarks" / "t2i_compbench"
+OFFICIAL = BENCHMARKS / "t2i_compbench"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # -- prompt files and images ------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official prompt files lie next to the project's checkout")
+@needs_benchmarks
 def test_official_prompt_files_are_known() -> None:
     for category in CATEGORIES:
         files = read_prompts(OFFICIAL, category)
