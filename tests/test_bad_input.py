@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from unigrpo.cli import main
 from unigrpo.generate import UnifiedPipeline
 from unigrpo.interchange import import_release
 from unigrpo.models.autoencoder import Autoencoder
-from unigrpo.stages.loading import save_policy
+from unigrpo.stages.loading import load_policy, save_policy
 
 __all__ = ["release"]  # pytest finds the fixture by name
 
@@ -70,6 +71,8 @@ def test_a_damaged_file_of_a_checkpoint_is_named(checkpoint, tmp_path, capsys, n
     assert str(folder / name) in refused(capsys, *generate(folder, tmp_path / "out", "--prompt", PROMPT))
     assert str(folder / name) in refused(capsys, "export", str(folder), str(tmp_path / "exported"))
     assert not (tmp_path / "exported").exists()
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))):  # as the stages load it
+        load_policy(folder, small_config())
 
 
 def test_a_checkpoint_that_is_not_there(tmp_path, capsys):

@@ -49,8 +49,9 @@ def test_keys_are_in_params(page: str) -> None:
 def test_curves_are_logged() -> None:
     """Every metric of docs/curves.md is written somewhere: its quantity stands in the code that logs."""
     code = "".join((ROOT / "unigrpo" / name).read_text(encoding="utf-8") for name in (
-        "train.py", "update.py", "credit.py", "mismatch.py", "sft.py", "objectives.py", "stages/train.py", "stages/sft.py"))
-    parts = "reward|probe|advantage|mismatch|text|image|understanding|generation|optim|thinking|drift"
+        "train.py", "update.py", "credit.py", "mismatch.py", "sft.py", "objectives.py", "stages/train.py", "stages/watch.py",
+        "stages/sft.py"))
+    parts = "reward|probe|advantage|mismatch|text|image|understanding|generation|optim|thinking|drift|sentinel"
     metrics = set(re.findall(rf"`((?:{parts})/[a-z_]+)", text_of("docs/curves.md")))
     assert len(metrics) > 25
     assert [name for name in sorted(metrics) if not re.search(rf"\b{name.split('/')[1]}\b", code)] == []

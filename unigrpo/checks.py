@@ -6,8 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from unigrpo.models.official import read_json
-from unigrpo.tensorfiles import read_header
+from unigrpo.tensorfiles import read_header, read_json
 
 SPARE = 1.02  # of the bytes to be written: configs, tokenizer and a file system's own
 

@@ -23,7 +23,7 @@ from unigrpo.checks import check_checkpoint, check_output
 from unigrpo.digests import sha256_path
 from unigrpo.models import official
 from unigrpo.models.configuration import MoTConfig
-from unigrpo.tensorfiles import DTYPES, TensorFiles, raise_problems, shape_problems, write_tensors
+from unigrpo.tensorfiles import DTYPES, TensorFiles, raise_problems, read_json, shape_problems, write_tensors
 
 Report = Callable[[str], None]
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # of a release that was exported here
@@ -87,7 +87,7 @@ def import_release(source: Path, output: Path, *, digests: Mapping[str, str] | N
     record = {"layout": "BAGEL", **dict(origin or {}), "llm_config": release.llm, "vit_config": release.vit,
               "sha256": _digests(release, [*release.files, *adapters], digests or {}, report)}
     if output.exists():
-        known = official.read_json(output / SOURCE_FILE) if (output / SOURCE_FILE).is_file() else {}
+        known = read_json(output / SOURCE_FILE) if (output / SOURCE_FILE).is_file() else {}
         if {k: v for k, v in known.items() if k != WEIGHTS} == json.loads(json.dumps(record)):
             report(f"{output} holds this import already")
             return release.config
@@ -148,7 +148,7 @@ def export_release(checkpoint: Path, output: Path, *, merge: bool = False, repor
     adapter = checkpoint / "adapter"
     if merge and not adapter.is_dir():
         raise ValueError(f"--merge needs adapters, and {checkpoint} has no adapter/ folder")
-    source = official.read_json(checkpoint / SOURCE_FILE) if (checkpoint / SOURCE_FILE).is_file() else {}
+    source = read_json(checkpoint / SOURCE_FILE) if (checkpoint / SOURCE_FILE).is_file() else {}
     read = merged_reader(files, adapter) if merge else files.read
     with whole_folder(output) as folder:
         from unigrpo.models.autoencoder import to_official
@@ -183,7 +183,7 @@ def merged_reader(files: TensorFiles, adapter: Path) -> Callable[[str], Tensor]:
     """
     from unigrpo.adapters import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
-    settings = official.read_json(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
+    settings = read_json(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
     plain = settings.get("peft_type") == "LORA" and settings.get("bias") == "none" and not any(
         settings.get(key) for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                                       "modules_to_save"))
@@ -217,9 +217,9 @@ def model_card(checkpoint: Path, config: MoTConfig, source: Mapping[str, Any], *
     metrics: dict[str, float] = {}
     for place in (checkpoint / "metrics.json", checkpoint.parent / "metrics.json"):
         if place.is_file() and not metrics:
-            metrics = {k: v for k, v in official.read_json(place).items() if isinstance(v, int | float)}
+            metrics = {k: v for k, v in read_json(place).items() if isinstance(v, int | float)}
     adapter = checkpoint / "adapter" / "adapter_config.json"
-    lora = official.read_json(adapter) if adapter.is_file() else {}
+    lora = read_json(adapter) if adapter.is_file() else {}
     place = checkpoint.resolve()
     run = " ".join(place.parts[-4:-1]).removeprefix("artifacts ") if place.name == "checkpoint" else place.name
     released = WEIGHTS in source and source[WEIGHTS] == sha256_path(checkpoint / "model.safetensors")

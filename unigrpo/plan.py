@@ -289,7 +289,7 @@ def absent(config: Config, root: Path) -> list[str]:
 
 def vocabulary_size(config: Config, root: Path) -> int:
     """Of the scale's tokenizer: the imported checkpoint's (the released model's where it is not there yet), or the world's."""
-    from unigrpo.models.official import read_json
+    from unigrpo.tensorfiles import read_json
     from unigrpo.worlds.shapes import vocabulary
 
     if config.base.checkpoint is None:

@@ -138,6 +138,17 @@ def read_header(path: Path) -> dict[str, Entry]:
                         value["data_offsets"][1] - value["data_offsets"][0]) for name, value in header.items()}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object beside the tensors (config.json, an index, ...). Raises ValueError if the file is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
+    return value
+
+
 def shape_problems(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Every missing, extra and misshapen tensor in words."""
     out = [f"missing tensor {name} {shape}" for name, shape in wanted.items() if name not in found]

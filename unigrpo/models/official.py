@@ -14,7 +14,6 @@ Source: ByteDance-Seed/Bagel (app.py, inference notebook, modeling/autoencoder.p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 from unigrpo.models.bagel import BOS, EOS, IMAGE_END, IMAGE_START, PAD
 from unigrpo.models.configuration import MoTConfig
 from unigrpo.models.embeddings import TIME_FREQUENCIES
-from unigrpo.tensorfiles import TensorFiles, raise_problems, shape_problems
+from unigrpo.tensorfiles import TensorFiles, raise_problems, read_json, shape_problems
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -268,14 +267,3 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     problems += [f"marker {name} has the id {token}, outside the vocabulary of {vocab_size}" for name, token in ids.items()
                  if token is not None and token >= vocab_size]
     raise_problems(f"{folder / 'tokenizer.json'} does not fit BAGEL", problems)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError if the file is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")
-    return value

@@ -10,6 +10,7 @@ import torch
 
 from unigrpo.adapters import detached, has_adapters, load_adapter, save_adapter
 from unigrpo.checkpoint import SOURCE_FILE, load_autoencoder, load_checkpoint, save_checkpoint
+from unigrpo.checks import check_checkpoint
 from unigrpo.rollout import BagelPolicy
 from unigrpo.schema import Config
 
@@ -34,6 +35,8 @@ def load_policy(folder: Path, config: Config, *, dtype: torch.dtype | None = Non
     Raises: ValueError naming what the folder lacks, or where it has no autoencoder and the params name one.
     """
     device = compute_device(config.compute.device)
+    if folder.is_dir():  # libraries name neither file nor reason where one is cut off
+        check_checkpoint(folder)
     model, tokenizer = load_checkpoint(folder, device=device, dtype=dtype)
     if (folder / "adapter").is_dir():
         load_adapter(model, folder / "adapter")
