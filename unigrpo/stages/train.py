@@ -142,7 +142,9 @@ def record(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int, met
         metrics = metrics | probed
     if step % settings.gallery_every == 0 or last:
         add_pictures(stage, policy, lookout.rewards, step, rollouts)
-    if step > settings.num_steps // 2 and (ratio := metrics.get("image/penalty_gradient_ratio", 1.0)) < INERT_PENALTY:
+    decay = metrics.get("optim/lr_factor", 1.0) if stage.config.objective.image.regularizer_decay else 1.0
+    ratio = metrics.get("image/penalty_gradient_ratio", 1.0) / max(decay, 1e-30)  # a weight that decays is meant to get small
+    if step > settings.num_steps // 2 and ratio < INERT_PENALTY:
         metrics = metrics | {"image/penalty_inert": 1.0}
         if not any("image/penalty_inert" in row for row in stage.curves):
             print(f"{stage.name}: the penalty's gradient is {ratio:.1%} of the policy's; raise "
