@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 
 from unigrpo.evaluate import GRID
+from unigrpo.evaluation.benchmark_table import make_table, write_table
 from unigrpo.evaluation.controls import understanding_metrics, understanding_table, write_understanding
 from unigrpo.evaluation.outcomes import compute_metrics, write_metrics, write_outcomes
 from unigrpo.stages.session import save_picture
@@ -65,6 +66,7 @@ def write_checkpoint(folder: Path, name: str, prompts: int, images: int, words: 
     outcomes = pd.DataFrame(rows).sort_values(["cfg", "thinking", "prompt_id"])
     (folder / "samples").mkdir(parents=True)
     write_outcomes(outcomes, folder / "outcomes.csv")
+    write_table(make_table(), folder / "benchmarks.csv")
     table = understanding_table(outcomes, {f"{i:016x}": (10, 4.0 + float(rng.random()) - SKILL[run]) for i in range(prompts)})
     write_understanding(table, folder / "understanding.csv")
     standing = {f"sentinel/{guard}": value * (1.5 if run == "unigrpo" and guard == "edge_density" else 1)

@@ -39,7 +39,7 @@ def test_functions_are_where_they_are_said_to_be(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_are_in_params(page: str) -> None:
     keys = yaml.safe_load(text_of("params/base.yaml"))
-    for name in set(re.findall(r"`((?:rollout|reward|credit|objective|optim|train|sft|evaluate)\.[a-z_.]+)", text_of(page))):
+    for name in set(re.findall(r"`((?:rollout|reward|credit|objective|optim|train|sft|evaluate)\.[a-z0-9_.]+)", text_of(page))):
         value = keys
         for part in name.rstrip(".").split("."):
             assert part in value, f"{page} names the key {name}, which params/base.yaml lacks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,18 @@ import yaml
 from flow_scripts import ROOT, load
 
 from unigrpo.closure import closure, imports, stage_files
+from unigrpo.config import load_config
 from unigrpo.digests import RECORDERS
-from unigrpo.experiment import expand, render, render_graph, replace_list, written_arguments
+from unigrpo.experiment import (
+    evaluation_scorers,
+    expand,
+    render,
+    render_graph,
+    replace_list,
+    training_scorers,
+    words,
+    written_arguments,
+)
 from unigrpo.stages import STAGES, parse_name, read_experiment, report_inputs
 
 SECTIONS = ("world", "curate", "model", "base", "sft", "rollout", "reward", "credit", "objective", "optim", "train", "evaluate",
@@ -58,8 +69,8 @@ def test_an_unknown_name_lists_the_choices(stage, name, wanted):
 def test_experiment_yaml_is_what_the_command_writes():
     experiment = read_experiment(ROOT)
     arguments = written_arguments(experiment)
-    assert experiment == expand(*arguments)
-    assert (ROOT / "params" / "experiment.yaml").read_text() == render(*arguments)
+    assert experiment == expand(ROOT, *arguments)
+    assert (ROOT / "params" / "experiment.yaml").read_text() == render(ROOT, *arguments)
     runs = yaml.safe_load((ROOT / "params" / "runs.yaml").read_text())
     assert set(arguments[1]) <= set(runs)
 
@@ -68,6 +79,45 @@ def test_dvc_yaml_lists_what_the_command_writes():
     _, runs, seeds = written_arguments(read_experiment(ROOT))
     text = (ROOT / "dvc.yaml").read_text()
     assert render_graph(ROOT, text, runs, seeds) == text, "dvc.yaml is behind: run `unigrpo experiment write`, see its header"
+
+
+def with_rewards(**weights):
+    config = load_config("smoke", root=ROOT)
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"weights": weights})})
+
+
+def test_scorers_that_params_name_are_tracked_by_digest():
+    """Of an evaluation the benchmarks' closure, of a training its rewards' by name; none where the shapes world is enough."""
+    shapes = load_config("smoke", root=ROOT)
+    assert evaluation_scorers(ROOT, shapes) == training_scorers(ROOT, shapes) == "none"
+    assert {item["scorers"] for part in ("trainings", "evaluations") for item in read_experiment(ROOT)[part].values()
+            if item["scale"] == "tiny"} == {"none"}
+    both = shapes.model_copy(update={"evaluate": shapes.evaluate.model_copy(update={"benchmarks": ("shapes", "geneval")})})
+    digest = evaluation_scorers(ROOT, both)
+    assert re.fullmatch("[0-9a-f]{16}", digest)
+    assert digest == evaluation_scorers(ROOT, load_config("bagel_7b", root=ROOT))
+    found = [training_scorers(ROOT, with_rewards(**{name: 1.0})) for name in (
+        "geneval_soft_mask2former_hf", "pickscore", "shapes_exact", "geneval_soft_mask2former_hf_512px")]
+    assert found[2] == "none"
+    assert found[0] == found[3] != found[1]
+
+
+def test_a_digest_follows_the_files_it_is_of(tmp_path):
+    """A reward of the user's by its own file; names in a mixture's options count too, and what is installed does not."""
+    shutil.copytree(ROOT / "unigrpo", tmp_path / "unigrpo", ignore=shutil.ignore_patterns("__pycache__"))
+    scorer = tmp_path / "unigrpo" / "evaluation" / "geneval_color.py"
+    bagel = load_config("bagel_7b", root=ROOT)
+    before = evaluation_scorers(tmp_path, bagel)
+    scorer.write_text(scorer.read_text() + "# another\n")
+    assert evaluation_scorers(tmp_path, bagel) != before
+    own = with_rewards(**{"my_rewards:brightness": 1.0})
+    assert training_scorers(tmp_path, own) == training_scorers(tmp_path, with_rewards(**{"os:getcwd": 1.0})) == "none"
+    (tmp_path / "my_rewards.py").write_text("first")
+    first = training_scorers(tmp_path, own)
+    (tmp_path / "my_rewards.py").write_text("second")
+    assert "none" != first != training_scorers(tmp_path, own)
+    section = {"weights": {"mixture": 1.0}, "options": {"mixture": {"weights": {"clip_score": 2}, "list": ["x:y"]}}}
+    assert {"mixture", "clip_score", "x:y"} <= set(words(section))
 
 
 def test_writing_refuses_a_graph_without_marks():
@@ -130,7 +180,8 @@ def test_no_out_is_left_out_of_the_cache():
 
 # -------------------------------------------------------------------------------------------------------------- imports
 
-LEVELS = {0: {"types", "config", "schema", "schema_model", "seeding", "digests", "stages"},  # `stages`: names only
+LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_model", "seeding", "digests",
+              "stages"},  # `stages`: names only
           1: {"tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
@@ -196,8 +247,6 @@ def test_help_is_quick():
 # ------------------------------------------------------------------------------------------------------------- launcher
 
 def test_the_environment_of_a_stage_does_not_come_from_the_shell(launch):
-    from unigrpo.config import load_config
-
     config = load_config("smoke", root=ROOT)
     env = launch.environment(config, {"OMP_NUM_THREADS": "64", "PYTHONHASHSEED": "7", "USER": "root", "PATH": "/bin"})
     assert env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == str(config.compute.threads)
@@ -225,8 +274,6 @@ def test_a_mistake_ends_the_launcher_in_one_line(launch, monkeypatch, capsys):
 
 
 def test_provenance_is_unknown_without_git_and_never_a_guess(launch, monkeypatch, tmp_path):
-    from unigrpo.config import load_config
-
     config = load_config("smoke", root=ROOT)
     monkeypatch.setattr(launch, "ROOT", tmp_path)  # no repository here
     monkeypatch.delenv("DVC_STAGE", raising=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from unigrpo.digests import RECORDERS
@@ -49,7 +51,19 @@ def closure(root: Path, module: str) -> set[str]:
     return found
 
 
-def stage_files(root: Path, stage: str) -> list[str]:
-    """The files a stage depends on in dvc.yaml: those of its closure that can move numbers. Empty modules cannot."""
-    files = {module_file(root, name) for name in closure(root, f"unigrpo.stages.{stage}") - RECORDERS}
+def module_files(root: Path, module: str) -> list[str]:
+    """The files of a module's closure that can move numbers. Empty modules cannot."""
+    files = {module_file(root, name) for name in closure(root, module) - RECORDERS}
     return sorted(file.as_posix() for file in files if file is not None and (root / file).read_text(encoding="utf-8").strip())
+
+
+def stage_files(root: Path, stage: str) -> list[str]:
+    """The files a stage depends on in dvc.yaml."""
+    return module_files(root, f"unigrpo.stages.{stage}")
+
+
+def files_digest(root: Path, files: Iterable[str]) -> str:
+    """16 hex digits: sha256 over names and bytes of files, whatever their order; "none" where there are none."""
+    names = sorted(set(files))
+    content = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in names)
+    return hashlib.sha256(content.encode()).hexdigest()[:16] if names else "none"

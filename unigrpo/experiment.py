@@ -3,17 +3,22 @@
 A foreach over a dict can hold ragged arms where a matrix is a full product. DVC cannot fan in over such a dict, so the
 inputs of the experiments' report are written into dvc.yaml, between two marks, by the same command; and so are the modules
 each stage depends on.
+
+Scorers and rewards that a stage reaches by name are in none of these lists, or every edit of them would make every stage stale.
+Where params name them, `scorers` of an item is a digest of their code, which dvc.yaml has the stage depend on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unigrpo.closure import stage_files
+from unigrpo.closure import files_digest, module_files, stage_files
+from unigrpo.config import Config, load_config
+from unigrpo.schema_benchmarks import SHAPES
 from unigrpo.stages import EXPERIMENT, STAGES, report_inputs
 
 HEADER = """\
@@ -24,23 +29,60 @@ HEADER = """\
 OPEN, CLOSE = "# >>> unigrpo experiment write: ", "# <<<"
 
 
-def expand(scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+def expand(root: Path, scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """The content of params/experiment.yaml: every run at every seed, and an evaluation of every checkpoint."""
     trainings, evaluations = {}, {}
     for scale in scales:
+        scorers = evaluation_scorers(root, load_config(scale, root=root))
         for stage in ("base", "sft"):
-            evaluations[f"{scale}-{stage}"] = {"scale": scale, "checkpoint": stage}
+            evaluations[f"{scale}-{stage}"] = {"scale": scale, "checkpoint": stage, "scorers": scorers}
         for run in runs:
+            rewards = training_scorers(root, load_config(scale, run=run, root=root))
             for seed in seeds:
-                trainings[f"{scale}-{run}-{seed}"] = {"scale": scale, "run": run, "seed": seed}
-                evaluations[f"{scale}-{run}-{seed}"] = {"scale": scale, "checkpoint": f"{run}/{seed}"}
+                trainings[f"{scale}-{run}-{seed}"] = {"scale": scale, "run": run, "seed": seed, "scorers": rewards}
+                evaluations[f"{scale}-{run}-{seed}"] = {"scale": scale, "checkpoint": f"{run}/{seed}", "scorers": scorers}
     return {"scales": list(scales), "trainings": trainings, "evaluations": evaluations,
             "reports": {f"{scale}-main": {"scale": scale} for scale in scales}}
 
 
-def render(scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> str:
+def evaluation_scorers(root: Path, config: Config) -> str:
+    """Digest of the scorers that an evaluation reaches by name; "none" where it judges by the shapes world's verifier alone."""
+    if set(config.evaluate.benchmarks) == {SHAPES}:
+        return files_digest(root, ())
+    return files_digest(root, module_files(root, "unigrpo.stages.benchmarks"))
+
+
+def training_scorers(root: Path, config: Config) -> str:
+    """Digest of the rewards that a training reaches by name; "none" where all are built in.
+
+    Names are looked for in the whole section `reward`, as a mixture names its parts in its options. Of a reward of the user's,
+    module:name, the module's file counts where it lies in the project; what it imports and what is installed do not.
+    """
+    from unigrpo.rewards.custom import SPECIFICATION
+    from unigrpo.rewards.registry import FACTORIES, SIZED
+
+    files: set[str] = set()
+    for word in words(config.reward.model_dump(mode="json")):
+        name = sized[1] if (sized := SIZED.fullmatch(word)) else word
+        if name in FACTORIES:
+            files |= set(module_files(root, FACTORIES[name].partition(":")[0]))
+        elif SPECIFICATION.fullmatch(word):
+            path = Path(*word.partition(":")[0].split("."))
+            files |= {file.as_posix() for file in (path.with_suffix(".py"), path / "__init__.py") if (root / file).is_file()}
+    return files_digest(root, files)
+
+
+def words(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    for part in [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from words(part)
+
+
+def render(root: Path, scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> str:
     """params/experiment.yaml as text, one item a line."""
-    content = expand(scales, runs, seeds)
+    content = expand(root, scales, runs, seeds)
     arguments = " ".join(["--scale", *scales, "--run", *runs, "--seed", *map(str, seeds)])
     lines = [HEADER.format(arguments=arguments), f"scales: {flow_style(content['scales'])}"]
     for key in ("trainings", "evaluations", "reports"):
@@ -91,7 +133,7 @@ def write(root: Path, scales: Sequence[str], runs: Sequence[str], seeds: Sequenc
     if not seeds or min(seeds) < 0:
         raise ValueError(f"seeds must be whole numbers from 0, got {list(seeds)}")
     dvc_yaml = root / "dvc.yaml"
-    new = {root / EXPERIMENT: render(scales, runs, seeds),
+    new = {root / EXPERIMENT: render(root, scales, runs, seeds),
            dvc_yaml: render_graph(root, dvc_yaml.read_text(encoding="utf-8"), runs, seeds)}
     changed = [path for path, text in new.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in changed:

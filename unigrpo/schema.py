@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from unigrpo.schema_benchmarks import BenchmarkRules
 from unigrpo.schema_model import AutoencoderConfig, Count, ModelConfig, Positive, Rate, Section, Share
 
 WORLD_PIXELS = 32  # side of a picture of the shapes world
@@ -296,11 +297,10 @@ class TrainConfig(Section):
     max_skipped: Count
 
 
-class EvaluateConfig(Section):
-    """The benchmark of a checkpoint."""
+class EvaluateConfig(BenchmarkRules):
+    """The benchmarks of a checkpoint. `prompts`, `images_per_prompt` and `gallery` are those of the shapes world."""
 
     seed: int
-    benchmarks: tuple[Literal["shapes"], ...] = Field(min_length=1)
     prompts: Positive
     images_per_prompt: Positive
     control_images: Positive | None
@@ -378,6 +378,7 @@ class Config(Section):
             raise ValueError(f"model.attention_dropout must be 0, got {self.model.attention_dropout}: RL replays rollouts "
                              "and dropout would make every ratio noise")
         self.check_pixels()
+        self.evaluate.check_world(self.model.image_size, WORLD_PIXELS)
         if self.train.precision == "bf16" and self.optim.master_weights != "fp32":
             raise ValueError(f"optim.master_weights must be fp32 with train.precision=bf16, got {self.optim.master_weights}: "
                              f"bfloat16 has 8 bits, so a step of optim.understanding_lr={self.optim.understanding_lr:g} "

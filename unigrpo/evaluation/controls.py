@@ -146,13 +146,16 @@ def write_understanding(table: pd.DataFrame, path: Path) -> None:
     table.to_csv(path, columns=list(COLUMNS), index=False, lineterminator="\n", float_format="%.6g")
 
 
-def read_understanding(path: Path) -> pd.DataFrame:
-    """The table from CSV. Raises FileNotFoundError; ValueError naming the file and the line, if it is damaged."""
+def read_understanding(path: Path, *, empty: bool = False) -> pd.DataFrame:
+    """The table from CSV; `empty`: of an evaluation that was not on the shapes world.
+
+    Raises: FileNotFoundError; ValueError naming the file and the line, if it is damaged.
+    """
     text = path.read_text(encoding="utf-8")
     rows = list(csv.reader(io.StringIO(text)))
-    if not rows or tuple(rows[0]) != COLUMNS or len(rows) < 2 or not text.endswith("\n"):
-        raise ValueError(f"{path} line 1: wanted the header {','.join(COLUMNS)}, whole lines and at least one prompt; "
-                         "evaluate again")
+    if not rows or tuple(rows[0]) != COLUMNS or (len(rows) < 2) != empty or not text.endswith("\n"):
+        raise ValueError(f"{path} line 1: wanted the header {','.join(COLUMNS)}, whole lines and {'no' if empty else 'a'} "
+                         "prompt; evaluate again")
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(COLUMNS) or row[2] not in ("True", "False") or not _counts(row):
             raise ValueError(f"{path} line {number}: wanted {','.join(COLUMNS)} with counts of at least one token and plan, "

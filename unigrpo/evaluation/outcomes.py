@@ -110,9 +110,11 @@ def write_outcomes(outcomes: pd.DataFrame, path: Path) -> None:
     outcomes.to_csv(path, columns=list(OUTCOME_COLUMNS), index=False, lineterminator="\n", float_format="%.6g")
 
 
-def read_outcomes(path: Path) -> pd.DataFrame:
+def read_outcomes(path: Path, *, empty: bool = False) -> pd.DataFrame:
     """Outcomes from CSV, checked line by line.
 
+    Args:
+        empty: accept the header alone: the checkpoint was evaluated on other benchmarks.
     Raises: FileNotFoundError; ValueError naming the file, the line and what was wanted, if the file was cut, columns are
         missing, a value is no count, counts contradict each other, or a prompt occurs twice in a cell.
     """
@@ -126,7 +128,7 @@ def read_outcomes(path: Path) -> pd.DataFrame:
     if not text.endswith("\n"):
         raise ValueError(f"{path} line {len(lines)}: the file ends inside a line, wanted a line end after "
                          f"{len(OUTCOME_COLUMNS)} fields" + _REMEDY)
-    if len(lines) == 1:
+    if len(lines) == 1 and not empty:
         raise ValueError(f"{path} line 2: the file holds no outcome, wanted one line a prompt and cell" + _REMEDY)
     for number, fields in enumerate(csv.reader(io.StringIO(text)), start=1):
         if len(fields) != len(OUTCOME_COLUMNS):

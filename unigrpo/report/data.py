@@ -24,6 +24,8 @@ import pandas as pd
 
 from unigrpo.config import Config
 from unigrpo.digests import sha256_inputs
+from unigrpo.evaluation.benchmark_table import measures as benchmark_measures
+from unigrpo.evaluation.benchmark_table import read_table, table_metrics
 from unigrpo.evaluation.controls import read_understanding, thinking_effects, understanding_change
 from unigrpo.evaluation.outcomes import (
     CFG,
@@ -37,6 +39,7 @@ from unigrpo.evaluation.outcomes import (
     significant,
 )
 from unigrpo.evaluation.statistics import LEVEL, Measure, across_seeds, mean_interval, paired_difference, value_of
+from unigrpo.report import benchmarks
 from unigrpo.report.effects import sentinel_of
 from unigrpo.seeding import generator
 from unigrpo.stages import MAIN_RUN, read_experiment, report_inputs
@@ -51,8 +54,9 @@ class Checkpoint:
 
     Args:
         name: its folder below artifacts/<scale>/: base, sft or <run>/<seed>.
-        outcomes: one row a prompt and cell. training: flat counts and last values of its training stage.
-        understanding: one row a prompt. metrics: flat, of the evaluation.
+        outcomes: one row a prompt and cell of the shapes world. benchmarks: likewise of others. One of the two may be empty.
+        understanding: one row a prompt of the shapes world. metrics: flat, of the evaluation.
+        training: flat counts and last values of its training stage.
         curves: one row a logged step, columns `step` and metrics; NaN where a metric was not measured.
         samples: the saved images' records, `image` being a file below `folder`/samples.
     """
@@ -60,6 +64,7 @@ class Checkpoint:
     name: str
     folder: Path
     outcomes: pd.DataFrame
+    benchmarks: pd.DataFrame
     understanding: pd.DataFrame
     metrics: dict[str, float]
     training: dict[str, float]
@@ -139,17 +144,19 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     if "step" not in curves.columns:
         raise ValueError(f"{curves_file}: wanted a column `step`, got {', '.join(curves.columns[:5])}; "
                          f"run the {stage} stage again")
-    outcomes = read_outcomes(needed(folder / "outcomes.csv", "evaluate"))
+    table = read_table(needed(folder / "benchmarks.csv", "evaluate"))
+    outcomes = read_outcomes(needed(folder / "outcomes.csv", "evaluate"), empty=not table.empty)
     metrics = read_json(folder / "metrics.json", "evaluate", dict)
-    derived = compute_metrics(outcomes)
-    if stale := [key for key, value in derived.items() if metrics.get(key) != value]:
-        raise ValueError(f"{folder / 'metrics.json'}: {stale[0]} is {metrics.get(stale[0])}, but outcomes.csv beside it gives "
-                         f"{derived[stale[0]]}; one of the two is of another run, evaluate again")
+    for file, derived in (("outcomes.csv", {} if outcomes.empty else compute_metrics(outcomes)),
+                          ("benchmarks.csv", table_metrics(table))):
+        if stale := [key for key, value in derived.items() if metrics.get(key) != value]:
+            raise ValueError(f"{folder / 'metrics.json'}: {stale[0]} is {metrics.get(stale[0])}, but {file} beside it gives "
+                             f"{derived[stale[0]]}; one of the two is of another run, evaluate again")
     samples = read_json(folder / "samples" / "samples.json", "evaluate", list)
     for sample in samples:
         needed(folder / "samples" / sample["image"], "evaluate")
-    understanding = read_understanding(needed(folder / "understanding.csv", "evaluate"))
-    return Checkpoint(name, folder, outcomes, understanding, metrics, training, curves, samples)
+    understanding = read_understanding(needed(folder / "understanding.csv", "evaluate"), empty=outcomes.empty)
+    return Checkpoint(name, folder, outcomes, table, understanding, metrics, training, curves, samples)
 
 
 def needed(path: Path, stage: str) -> Path:
@@ -187,6 +194,12 @@ def named_measures(outcomes: pd.DataFrame) -> dict[str, Measure]:
         names = ("exact", "geneval") if thinking == "off" else ("exact", "geneval", "thinking_accuracy")
         found |= {f"cfg_{cfg}-thinking_{thinking}/{name}": measure(rows, name) for name in names}
     return {PREFIX + name: value for name, value in sorted(found.items()) if not math.isnan(value_of(value))}
+
+
+def all_measures(checkpoint: Checkpoint) -> dict[str, Measure]:
+    """Metric name -> measure, of all that a checkpoint was evaluated on."""
+    shapes = {} if checkpoint.outcomes.empty else named_measures(checkpoint.outcomes)
+    return shapes | benchmark_measures(checkpoint.benchmarks)
 
 
 class Statistics:
@@ -247,7 +260,8 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
     """
     statistics = Statistics(seed=config.evaluate.seed, resamples=config.report.bootstrap)
     arms = inputs.arms()
-    measures = {c.name: named_measures(c.outcomes) for c in inputs.checkpoints}
+    measures = {c.name: all_measures(c) for c in inputs.checkpoints}
+    scores = benchmarks.labels(benchmarks.common_names({c.name: c.benchmarks for c in inputs.checkpoints}))
     values = {run: combine({c.seed: {metric: statistics.value(found) for metric, found in measures[c.name].items()}
                             for c in members}) for run, members in arms.items()}
     differences = {}
@@ -269,6 +283,7 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
         "cost": {c.name: {key.removeprefix("cost/"): value for key, value in sorted(c.training.items())
                           if key.startswith("cost/")} for c in inputs.checkpoints},
         "measured": measured(inputs, config), "exposure": exposure(inputs, config), "inputs": inputs.digests,
+        **({"scores": scores} if scores else {}),
     }
     return report | {"headline": headline(report)}
 
@@ -292,19 +307,29 @@ def compare(statistics: Statistics, first: Mapping[str, Measure], second: Mappin
 
 def measured(inputs: Inputs, config: Config) -> dict[str, Any]:
     """How the numbers were made: counted in the outcomes where they can be, from params otherwise."""
-    head = cell(inputs.checkpoints[0].outcomes)
-    images = sorted(set(head["images"]))
+    first = inputs.checkpoints[0]
     return {
-        "prompts": len(head), "reasoning_prompts": int(head["needs_reasoning"].sum()),
-        "images_per_prompt": images[0] if len(images) == 1 else images,
-        "cells": sorted({f"cfg_{cfg}-thinking_{thinking}" for checkpoint in inputs.checkpoints for cfg, thinking in
-                         zip(checkpoint.outcomes["cfg"], checkpoint.outcomes["thinking"], strict=True)}),
-        "headline_cell": "cfg_{}-thinking_{}".format(*HEADLINE), "headline_metric": HEADLINE_METRIC,
+        **drawn(first),
+        "cells": sorted({f"cfg_{cfg}-thinking_{thinking}" for checkpoint in inputs.checkpoints
+                         for table in (checkpoint.outcomes, checkpoint.benchmarks) for cfg, thinking in
+                         zip(table["cfg"], table["thinking"], strict=True)}),
+        "headline_cell": "cfg_{}-thinking_{}".format(*HEADLINE),
         "model_calls": config.evaluate.num_steps, "guidance_scale": config.evaluate.guidance_scale,
         "evaluation_seed": config.evaluate.seed, "level": LEVEL, "resamples": config.report.bootstrap,
         "within_a_seed": "percentile bootstrap over prompts; differences paired by prompt, on the same noise",
         "across_seeds": "mean and Student's t interval over training seeds, conditional on one base and one warm-up",
     }
+
+
+def drawn(first: Checkpoint) -> dict[str, Any]:
+    """The headline metric, its prompts and images, as counted in a checkpoint; and what else was drawn."""
+    others = {} if first.benchmarks.empty else {"benchmarks": benchmarks.sets(first.benchmarks)}
+    if first.outcomes.empty:
+        return {**benchmarks.facts(first.benchmarks), "headline_metric": benchmarks.headline_metric(first.benchmarks), **others}
+    head = cell(first.outcomes)
+    images = sorted(set(head["images"]))
+    return {"prompts": len(head), "reasoning_prompts": int(head["needs_reasoning"].sum()),
+            "images_per_prompt": images[0] if len(images) == 1 else images, "headline_metric": HEADLINE_METRIC, **others}
 
 
 def exposure(inputs: Inputs, config: Config) -> dict[str, Any]:
@@ -332,11 +357,16 @@ def headline(report: Mapping[str, Any]) -> dict[str, Any]:
     pair = f"{main}-sft"
     if pair not in report["differences"]:
         return {"difference": pair, "sentence": f"This report has no {main} to compare with sft."}
-    gain, arms, facts = report["differences"][pair][HEADLINE_METRIC], report["arms"], report["measured"]
-    before, after = (arms[name][HEADLINE_METRIC]["value"] for name in ("sft", main))
+    arms, facts = report["arms"], report["measured"]
+    metric = facts["headline_metric"]
+    gain = report["differences"][pair][metric]
+    before, after = (arms[name][metric]["value"] for name in ("sft", main))
     seeds = len(gain["seeds"])
     interval = "too few prompts for an interval" if gain["low"] is None else \
         f"95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}" + (f" over {seeds} seeds" if seeds > 1 else "")
+    if metric != HEADLINE_METRIC:
+        said = benchmarks.sentence(report["scores"][metric], (before, after), gain, interval, facts)
+        return {"difference": pair, "metric": metric, **{key: gain[key] for key in ("value", "low", "high")}, "sentence": said}
     verb = "does not reliably change" if gain["low"] is None or gain["low"] <= 0 <= gain["high"] else \
         ("raises" if gain["value"] > 0 else "lowers")
     count = facts["images_per_prompt"]

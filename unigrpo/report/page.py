@@ -10,6 +10,7 @@ from typing import Any
 from unigrpo.config import Config
 from unigrpo.evaluation.outcomes import CFG, HEADLINE, THINKING
 from unigrpo.report import effects, markup
+from unigrpo.report.benchmarks import main_rows, order
 from unigrpo.report.data import PREFIX, Checkpoint, Inputs
 from unigrpo.report.figures import SUPERVISED_PANELS, arm_colors, curves_figure, results_figure, training_panels
 from unigrpo.report.table import ROWS, arm_order, footnote
@@ -37,9 +38,9 @@ def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config) -> st
     colors = arm_colors(arms)
     sections = [
         ("results", "Results", results(report, arms, colors)),
-        ("categories", "By category and kind of reasoning", categories(report, arms, colors)),
-        ("grid", "Guidance and thinking", grid(report, arms, colors)),
-        ("understanding", "Understanding", effects.understanding(report)),
+        *([("benchmarks", "GenEval and T2I-CompBench", benchmarks(report, arms, colors))] if "scores" in report else []),
+        *([("categories", "By category and kind of reasoning", categories(report, arms, colors)),
+           ("grid", "Guidance and thinking", grid(report, arms, colors))] if shapes(report) else []),
         ("curves", "Training curves", curves(inputs, config, colors)),
         ("sentinel", "Sentinel", effects.sentinel(report)),
         ("gallery", "Before and after", gallery(inputs, config, colors)),
@@ -56,6 +57,11 @@ def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config) -> st
         f'<p class="headline">{escape(report["headline"]["sentence"])}</p>', f"<nav>{links}</nav>"])
     body = "\n".join([head, *(markup.section(anchor, title, *parts) for anchor, title, parts in sections)])
     return markup.document(f"UniGRPO report, scale {report['scale']}", body)
+
+
+def shapes(report: Mapping[str, Any]) -> bool:
+    """Whether the prompts of the shapes world were drawn."""
+    return any(metric.startswith(PREFIX) for found in report["arms"].values() for metric in found)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -82,24 +88,37 @@ def main_differences(report: Mapping[str, Any]) -> list[str]:
 
 
 def metric_table(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str], names: Mapping[str, str],
-                 caption: str = "") -> str:
-    """Metrics below bench/shapes/ as rows, arms and differences as columns, in percent with intervals."""
+                 caption: str = "", prefix: str = PREFIX) -> str:
+    """Metrics below bench/shapes/ (or another prefix) as rows, arms and differences as columns, in percent with intervals."""
     pairs = main_differences(report)
     header = ["", *(arm_name(arm, colors) for arm in arms), *(escape(pair.replace("-", " − ")) for pair in pairs)]
-    rows = [[escape(label), *(interval_cell(report["arms"][arm].get(PREFIX + name)) for arm in arms),
-             *(interval_cell(report["differences"][pair].get(PREFIX + name), gain=True) for pair in pairs)]
-            for name, label in names.items() if any(PREFIX + name in report["arms"][arm] for arm in arms)]
+    rows = [[escape(label), *(interval_cell(report["arms"][arm].get(prefix + name)) for arm in arms),
+             *(interval_cell(report["differences"][pair].get(prefix + name), gain=True) for pair in pairs)]
+            for name, label in names.items() if any(prefix + name in report["arms"][arm] for arm in arms)]
     return markup.table(header, rows, caption=caption)
 
 
 def results(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str]) -> list[str]:
     """The main table, its figure, every seed singly and what the words mean."""
-    parts = [metric_table(report, arms, colors, ROWS, "Percent, with 95 % intervals; differences in points"),
+    rows = {PREFIX + name: label for name, label in ROWS.items()} | main_rows(report.get("scores", {}))
+    parts = [metric_table(report, arms, colors, rows, "Percent, with 95 % intervals; differences in points", prefix=""),
              markup.paragraph(footnote(report), note=True)]
+    if not shapes(report):
+        return parts + (differences(report) if report["report"] != "main" else [])
     parts.append(markup.figure(results_figure(report), "values of every arm with intervals", "The same values as a picture."))
     parts += differences(report) if report["report"] != "main" else []
     words = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in DEFINITIONS.items())
     return [*parts, f"<dl>{words}</dl>"]
+
+
+def benchmarks(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str]) -> list[str]:
+    """Every score of the other benchmarks in every cell."""
+    names = {metric: report["scores"][metric] for metric in sorted(report["scores"], key=order)}
+    text = ("A score is called by the name that its detector, models and prompts allow; compare numbers of one name only. "
+            "GenEval's overall is the mean over its tasks of the share of right images, T2I-CompBench's categories are means "
+            "over images; intervals resample prompts. " + " ".join(f"{line}." for line in report["measured"]["benchmarks"]))
+    return [metric_table(report, arms, colors, names, "Percent, with 95 % intervals; differences in points", prefix=""),
+            markup.paragraph(text, note=True)]
 
 
 def differences(report: Mapping[str, Any]) -> list[str]:
@@ -109,7 +128,8 @@ def differences(report: Mapping[str, Any]) -> list[str]:
     seeds = sorted({seed for entry in found.values() for seed in entry["seeds"]}, key=int)
     rows = [[escape(pair.replace("-", " − ")), interval_cell(entry, gain=True),
              *(interval_cell(entry["seeds"].get(seed), gain=True) for seed in seeds)] for pair, entry in found.items()]
-    return [markup.table(["exact accuracy, points", "all seeds", *(f"seed {escape(seed)}" for seed in seeds)], rows,
+    what = report.get("scores", {}).get(metric, "exact accuracy")
+    return [markup.table([f"{escape(what)}, points", "all seeds", *(f"seed {escape(seed)}" for seed in seeds)], rows,
                          caption="Differences between arms"),
             markup.paragraph("All seeds: mean and t interval over seeds. Single seeds: paired bootstrap over prompts. Seeds "
                              "vary the RL alone; everything is conditional on one base and one warm-up.", note=True)]

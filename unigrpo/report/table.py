@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unigrpo.report.benchmarks import main_rows
+
 PREFIX = "bench/shapes/"
 BEGIN, END = "<!-- results: begin (written by `unigrpo report --readme`) -->", "<!-- results: end -->"
 ROWS = {                                     # metric below bench/shapes/ -> its name for people
@@ -55,8 +57,8 @@ def result_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     gain = report["differences"].get("unigrpo-sft", {})
     header = ["%", *arms, *(["unigrpo - sft"] if gain else [])]
     rows = []
-    for name, label in ROWS.items():
-        metric = PREFIX + name
+    shapes = {PREFIX + name: label for name, label in ROWS.items()}
+    for metric, label in (shapes | main_rows(report.get("scores", {}))).items():
         if any(metric in report["arms"][arm] for arm in arms):
             rows.append([label, *(percent(report["arms"][arm].get(metric)) for arm in arms),
                          *([percent(gain.get(metric), sign=True)] if gain else [])])
@@ -79,7 +81,7 @@ def footnote(report: Mapping[str, Any]) -> str:
     over = "over training seeds" if any(entry["over"] == "seeds" for found in report["arms"].values()
                                         for entry in found.values()) else "over prompts"
     return (f"{facts['prompts']} prompts x {facts['images_per_prompt']} images; guidance off and thinking sampled unless said; "
-            f"[95 % interval {over}], differences paired.")
+            f"[95 % interval {over}], differences paired." + "".join(f" {line}." for line in facts.get("benchmarks", [])))
 
 
 def readme_block(report: Mapping[str, Any]) -> str:

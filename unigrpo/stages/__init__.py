@@ -88,7 +88,7 @@ def report_inputs(scale: str, checkpoints: list[str]) -> tuple[str, ...]:
     for checkpoint in checkpoints:
         folder = f"artifacts/{scale}/{checkpoint}"
         files += [f"{folder}/{file}" for file in ("training.json", "curves.csv", "metrics.json", "outcomes.csv",
-                                                   "understanding.csv", "samples")]
+                                                   "understanding.csv", "benchmarks.csv", "samples")]
     return tuple(files)
 
 

@@ -1,7 +1,8 @@
-"""Evaluation of one checkpoint: every image of the benchmark, its verdict, and what follows from the counts."""
+"""Evaluation of one checkpoint: every image of its benchmarks, their verdicts or scores, and what follows from them."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import Any
 import pandas as pd
 
 from unigrpo.evaluate import DrawnBatch, draw_grid, grid_images, text_losses
-from unigrpo.evaluation.controls import understanding_metrics, understanding_table, write_understanding
+from unigrpo.evaluation.benchmark_table import make_table, table_metrics, write_table
+from unigrpo.evaluation.controls import COLUMNS, understanding_metrics, understanding_table, write_understanding
 from unigrpo.evaluation.guards import ImageSigns, describe_images, join_signs
 from unigrpo.evaluation.outcomes import (
     HEADLINE,
+    VERDICT_COLUMNS,
     compute_metrics,
     count_outcomes,
     join_verdicts,
@@ -27,43 +30,80 @@ from unigrpo.evaluation.sentinel import standing
 from unigrpo.evaluation.shapes import verdict_rows
 from unigrpo.prompts.records import read_records
 from unigrpo.rollout import BagelPolicy
+from unigrpo.schema_benchmarks import SHAPES
 from unigrpo.seeding import generator
 from unigrpo.stages.loading import load_policy
 from unigrpo.stages.session import Session, save_picture, session
 from unigrpo.types import PromptRecord
 from unigrpo.worlds.shapes.thinking import sft_thinking
 
+# By name and not by import: a stage depends on what it imports, and an evaluation on the shapes world on no scorer. What this
+# module reaches is tracked by digest where it is used (unigrpo.experiment).
+OTHERS = "unigrpo.stages.benchmarks"
+FILES = ("metrics.json", "outcomes.csv", "understanding.csv", "benchmarks.csv", "samples")
+
 
 def run(scale: str, *, checkpoint: str, root: Path = Path("."),
         provenance: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Evaluate artifacts/<scale>/<checkpoint>/checkpoint. Returns its metrics."""
+    """Evaluate artifacts/<scale>/<checkpoint>/checkpoint on evaluate.benchmarks. Returns its metrics."""
     prompts, folder = f"artifacts/{scale}/prompts", f"artifacts/{scale}/{checkpoint}"
     with session("evaluate", f"{scale}-{checkpoint.replace('/', '-')}", scale=scale, output=folder,
                  inputs=(prompts, f"{folder}/checkpoint"), root=root, provenance=provenance) as stage:
-        config, settings = stage.config, stage.config.evaluate
-        records = read_records(root / prompts / "eval.jsonl")[:settings.prompts]
-        if len(records) < settings.prompts:
-            raise ValueError(f"evaluate.prompts={settings.prompts} but eval.jsonl holds {len(records)}; a partial set is "
-                             f"refused: lower evaluate.prompts in params/scales/{scale}.yaml or rerun curate")
-        policy = load_policy(root / folder / "checkpoint", config)
-        metrics = shapes(stage, policy, records)
+        settings = stage.config.evaluate
+        records = read_prompts(root / prompts / "eval.jsonl", stage) if SHAPES in settings.benchmarks else []
+        others: Any = None
+        if set(settings.benchmarks) - {SHAPES}:
+            others = importlib.import_module(OTHERS).Benchmarks(stage, root)
+        policy = load_policy(root / folder / "checkpoint", stage.config)
+        metrics = evaluate_shapes(stage, policy, records) if records else no_shapes(stage.output)
+        shutil.rmtree(stage.output / "benchmarks", ignore_errors=True)
+        (stage.output / "benchmarks").mkdir()                   # an output of the stage, empty where nothing fills it
+        table = make_table()
+        if others is not None:
+            others.draw(policy)
+            del policy
+            table = others.score()
+        write_table(table, stage.output / "benchmarks.csv")
+        metrics = metrics | table_metrics(table)
         write_metrics(metrics, stage.output / "metrics.json")
         stage.tracker.log_metrics(0, metrics)
-        for name in ("metrics.json", "outcomes.csv", "understanding.csv", "samples"):
+        for name in FILES:
             stage.tracker.log_artifacts(stage.output / name)
         return metrics
 
 
-def shapes(stage: Session, policy: BagelPolicy, records: Sequence[PromptRecord]) -> dict[str, float]:
-    """The world's own benchmark: verdicts, outcomes, understanding and samples as files; all of them as flat metrics."""
+def read_prompts(path: Path, stage: Session) -> list[PromptRecord]:
+    """The prompts of the shapes world. Raises ValueError where there are too few."""
+    wanted, scale = stage.config.evaluate.prompts, stage.config.scale
+    records = read_records(path)[:wanted]
+    if len(records) < wanted:
+        raise ValueError(f"evaluate.prompts={wanted} but eval.jsonl holds {len(records)}; a partial set is "
+                         f"refused: lower evaluate.prompts in params/scales/{scale}.yaml or rerun curate")
+    return records
+
+
+def no_shapes(output: Path) -> dict[str, float]:
+    """The files of the shapes world's benchmark where it is not asked for: every one there and empty."""
+    fresh_folder(output / "samples")
+    (output / "samples" / "samples.json").write_text("[]\n", encoding="utf-8")
+    verdicts = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in VERDICT_COLUMNS.items()})
+    write_verdicts(verdicts, output / "verdicts.parquet")
+    write_outcomes(count_outcomes(verdicts), output / "outcomes.csv")
+    write_understanding(pd.DataFrame(columns=list(COLUMNS)), output / "understanding.csv")
+    return {}
+
+
+def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[PromptRecord]) -> dict[str, float]:
+    """Draw and judge the records in every cell of the grid; verdicts, outcomes, understanding and samples as files.
+
+    Returns: what follows from them, and the sentinel's statistics of the headline cell, as flat metrics.
+    """
     settings = stage.config.evaluate
     shown = {record.id for record in records[:settings.gallery]}
-    pictures = stage.output / "samples"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir()
+    pictures = fresh_folder(stage.output / "samples")
     samples, frames, drawn = [], [], 0
     signs: dict[tuple[str, int], tuple[ImageSigns, str]] = {}
-    stage.begin("", grid_images(stage.config))
+    stage.begin("", grid_images(stage.config), unit="images")
     for batch in draw_grid(policy, records, stage.config, samples=settings.images_per_prompt, batch=settings.batch,
                            seed=settings.seed, control_samples=settings.control_images):
         paths = save_samples(batch, pictures, shown)
@@ -88,6 +128,13 @@ def shapes(stage: Session, policy: BagelPolicy, records: Sequence[PromptRecord])
     watched = standing(join_signs(part for part, _ in seen), [text for _, text in seen], samples=settings.images_per_prompt)
     return {**compute_metrics(outcomes), **understanding_metrics(table),
             **{name: significant(value) for name, value in watched.items()}}
+
+
+def fresh_folder(folder: Path) -> Path:
+    """The folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def save_samples(batch: DrawnBatch, folder: Path, shown: set[str]) -> list[str]:

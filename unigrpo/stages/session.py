@@ -46,9 +46,9 @@ class Session:
     gallery: list[dict[str, Any]] = field(default_factory=list)
     progress: Progress | None = None
 
-    def begin(self, what: str, total: int, start: int = 0) -> None:
-        """Show progress towards `total` steps."""
-        self.progress = Progress(f"{self.name} {what}".strip(), total, start=start)
+    def begin(self, what: str, total: int, start: int = 0, unit: str = "steps") -> None:
+        """Show progress towards `total` steps, or whatever `unit` says."""
+        self.progress = Progress(f"{self.name} {what}".strip(), total, start=start, unit=unit)
 
     def log(self, step: int, metrics: Mapping[str, float], **shown: float | str) -> None:
         """Keep a row of the curves and tell the tracker. Values are what the curves hold: 6 significant digits."""
