@@ -184,6 +184,8 @@ def test_the_plan_names_what_is_not_there_yet(tmp_path):
     shutil.copytree(ROOT / "params", tmp_path / "params")
     text = plan_run("bagel_7b", "unigrpo", tmp_path)
     assert "not there yet: checkpoints/BAGEL-7B-MoT (base.checkpoint; `unigrpo import-bagel` writes it)" in text
+    assert "not there yet: data/geneval/evaluation_metadata.jsonl (evaluate.geneval.metadata; docs/scoring.md)" in text
+    assert "not there yet: checkpoints/dpt-hybrid-midas (evaluate.t2i_compbench.depth; docs/scoring_t2i.md)" in text
     (tmp_path / "data/warmup").mkdir(parents=True)
     (tmp_path / "data/warmup/examples.jsonl").touch()
     assert "examples.jsonl" not in plan_run("bagel_7b", "unigrpo", tmp_path)

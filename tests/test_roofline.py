@@ -17,6 +17,7 @@ from unigrpo.roofline import (
     autoencoder_flops,
     cache_bytes,
     decode_step,
+    drawn_sets,
     evaluation_work,
     expert_weights,
     image_forward,
@@ -102,6 +103,7 @@ def test_work_is_bound_by_the_slower_side():
 def test_phases_of_a_step_by_hand():
     """32 rollouts a GPU, 8 side by side: 4 turns of 100 tokens and 25 calls, then 32 micro-batches of one."""
     config = load_config("bagel_7b", run="unigrpo", root=ROOT)
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"benchmarks": ("shapes",)})})
     loads = Loads(prompt=64, thinking=100, rows=32, batch=8)
     phases = rollout_phases(config, BAGEL, loads)
     assert phases["thinking"] == (decode_step(BAGEL, 114, 8), 400)
@@ -113,3 +115,17 @@ def test_phases_of_a_step_by_hand():
     evaluation = evaluation_work(config, BAGEL, loads)  # 32 side by side (evaluate.batch), whatever the rollouts take
     assert evaluation["denoising"] == (image_forward(BAGEL, 166, 32), 70 * (5 * 49 + 3 * 90))
     assert evaluation["thinking"][1] == (70 + 18) * 100  # 2212 images, and one greedy thinking for each of 553 prompts
+
+
+def test_an_evaluation_on_the_official_sets_by_hand():
+    """GenEval: 553 prompts x 4 images in 70 turns of 32; T2I-CompBench: 8 x 300 prompts x 10 images in 750; two cells each."""
+    config = load_config("bagel_7b", root=ROOT)
+    assert {name: drawn.total for name, drawn in drawn_sets(config).items()} == {"geneval": 4424, "t2i_compbench": 48_000}
+    phases = evaluation_work(config, BAGEL, Loads(prompt=64, thinking=100, rows=32, batch=8))
+    assert phases["geneval, denoising"] == (image_forward(BAGEL, 166, 32), 70 * (49 + 90))
+    assert phases["t2i_compbench, denoising"] == (image_forward(BAGEL, 166, 32), 750 * (49 + 90))
+    assert phases["t2i_compbench, thinking"][1] == 750 * 100
+    assert phases["geneval, decoding images"][1] == 4424
+    limited = config.evaluate.geneval.model_copy(update={"limit": 10, "allow_partial": True})
+    few = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"geneval": limited})})
+    assert drawn_sets(few)["geneval"].prompts == 60

@@ -10,6 +10,7 @@ Where params name them, `scorers` of an item is a digest of their code, which dv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 
 from unigrpo.closure import files_digest, module_files, stage_files
 from unigrpo.config import Config, load_config
+from unigrpo.schema import SIZED_REWARD
 from unigrpo.schema_benchmarks import SHAPES
 from unigrpo.stages import EXPERIMENT, STAGES, report_inputs
 
@@ -59,11 +61,11 @@ def training_scorers(root: Path, config: Config) -> str:
     module:name, the module's file counts where it lies in the project; what it imports and what is installed do not.
     """
     from unigrpo.rewards.custom import SPECIFICATION
-    from unigrpo.rewards.registry import FACTORIES, SIZED
+    from unigrpo.rewards.registry import FACTORIES
 
     files: set[str] = set()
     for word in words(config.reward.model_dump(mode="json")):
-        name = sized[1] if (sized := SIZED.fullmatch(word)) else word
+        name = sized[1] if (sized := re.fullmatch(SIZED_REWARD, word)) else word
         if name in FACTORIES:
             files |= set(module_files(root, FACTORIES[name].partition(":")[0]))
         elif SPECIFICATION.fullmatch(word):

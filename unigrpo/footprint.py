@@ -13,7 +13,7 @@ from unigrpo.adapters import MATRICES
 from unigrpo.config import Config
 from unigrpo.models.mot import MoTConfig
 from unigrpo.rollout import DECODED_PIXELS
-from unigrpo.roofline import Gpu, cache_bytes, layer_parameters, window_steps
+from unigrpo.roofline import Gpu, cache_bytes, drawn_sets, layer_parameters, window_steps
 
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's own and lost between allocations
 LOGIT_COPIES = 5  # float32: logits, their log-softmax (kept for the backward pass), and three while the entropy is taken
@@ -175,7 +175,7 @@ def evaluation_memory(case: Case) -> float:
     """Bytes on a GPU that draws evaluate.batch images side by side with guidance, from weights as training left them."""
     config, model = case.config, case.model
     item = 2 if config.train.precision == "bf16" else 4
-    rows = min(config.evaluate.batch, config.evaluate.prompts * config.evaluate.images_per_prompt)
+    rows = min(config.evaluate.batch, max(drawn.prompts * drawn.images for drawn in drawn_sets(config).values()))
     drawn = denoising(model, case.context, item, rows) + 2.0 * rows * case.context * cache_bytes(model, item)
     return float(item * case.sizes.total) + 4.0 * case.sizes.autoencoder + max(drawn, decoding(config, rows))
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from unigrpo.config import Config
-from unigrpo.evaluate import grid_images
 from unigrpo.footprint import (
     MOMENTS,
     USABLE,
@@ -33,7 +32,8 @@ from unigrpo.footprint import (
 )
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
-from unigrpo.roofline import rollout_calls, window_steps
+from unigrpo.roofline import drawn_sets, rollout_calls, window_steps
+from unigrpo.schema_benchmarks import SHAPES
 
 if TYPE_CHECKING:
     from unigrpo.roofline import Work
@@ -85,7 +85,7 @@ def make_plan(config: Config, *, vocabulary: int, probe: bool) -> Plan:
         "thinking tokens at most": rollout.max_thinking_tokens, "steps": train.num_steps,
         "prompts in all": train.num_steps * rollout.prompts_per_step, "images in all": train.num_steps * rollouts,
         "updates in all": train.num_steps * train.updates_per_rollout,
-        "evaluation images a checkpoint": grid_images(config),
+        "evaluation images a checkpoint": sum(drawn.total for drawn in drawn_sets(config).values()),
     }
     case = Case(config, model, model_sizes(config, vocabulary), 1, PROMPT_TOKENS, rollout.max_thinking_tokens)
     return Plan(counts, memory(case), probed(config, total) if probe and total <= PROBE_LIMIT else {})
@@ -283,8 +283,21 @@ def _misfits(plan: GpuPlan) -> list[str]:
 def absent(config: Config, root: Path) -> list[str]:
     """What a run reads and is not there yet, with where it comes from."""
     places = ((config.base.checkpoint, "base.checkpoint; `unigrpo import-bagel` writes it"),
-              (config.sft.data, "sft.data; the examples of the warm-up, docs/scales.md"))
+              (config.sft.data, "sft.data; the examples of the warm-up, docs/scales.md"), *benchmark_files(config))
     return [f"not there yet: {place} ({source})" for place, source in places if place and not (root / place).exists()]
+
+
+def benchmark_files(config: Config) -> list[tuple[str | None, str]]:
+    """(path, where from) of the files that the benchmarks read."""
+    settings, found = config.evaluate, list[tuple[str | None, str]]()
+    compbench = ("prompts", "parses", "blip", "clip", "detector", "labels", "depth", "canary")
+    for name, page, keys in (("geneval", "scoring", ("metadata", "detector", "colors", "canary")),
+                             ("t2i_compbench", "scoring_t2i", compbench)):
+        section = getattr(settings, name)
+        if name in settings.benchmarks and section is not None:
+            found += [(path, f"evaluate.{name}.{key}; docs/{page}.md") for key in keys
+                      if (path := getattr(section, key)) != SHAPES]
+    return found
 
 
 def vocabulary_size(config: Config, root: Path) -> int:

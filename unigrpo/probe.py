@@ -25,7 +25,8 @@ def measure(config: Config) -> dict[str, float]:
 
     The probes of training count; starting, saving and galleries do not.
     """
-    from unigrpo.evaluate import GRID, cell_images
+    from unigrpo.evaluate import GRID
+    from unigrpo.roofline import drawn_sets
     from unigrpo.stages.base import caption_batch, fresh_policy
     from unigrpo.stages.loading import save_policy
     from unigrpo.stages.sft import warmup_batch
@@ -44,11 +45,13 @@ def measure(config: Config) -> dict[str, float]:
             trained, optimizer = rl_start(Path(folder) / "checkpoint", config)
         step = _training_step(trained, optimizer, config, prompts[:config.rollout.prompts_per_step])
         images = 64 if size <= SMALL else 16
-        all_cells, headline = (_image(trained, config, prompts, grid, images=images) for grid in (GRID, GRID[:1]))
-    many, few = (cell_images(config, cell) for cell in GRID[:2])  # in the headline cell, and in each of the others
+        headline = _image(trained, config, prompts, GRID[:1], images=images)
+        evaluation = sum(drawn.prompts * (drawn.controls * _image(trained, config, prompts, drawn.cells, images=images)
+                                          + (drawn.images - drawn.controls) * headline)
+                         for drawn in drawn_sets(config).values())
     probed = (1 + -(-config.train.num_steps // config.train.probe_every)) * config.train.probe_prompts * 2
     return {**seconds, "train": step * config.train.num_steps + probed * headline,
-            "evaluate, each checkpoint": config.evaluate.prompts * (few * all_cells + (many - few) * headline)}
+            "evaluate, each checkpoint": evaluation}
 
 
 @contextmanager

@@ -14,11 +14,13 @@ import torch
 
 from unigrpo.config import Config
 from unigrpo.cost import layer_parameters
-from unigrpo.evaluate import GRID, cell_images, grid_images
+from unigrpo.evaluate import GRID, cell_images
+from unigrpo.evaluation.outcomes import HEADLINE
 from unigrpo.flow.guidance import model_calls
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.models.mot import MoTConfig
 from unigrpo.schema import RolloutConfig
+from unigrpo.schema_benchmarks import SHAPES
 
 COMPUTE_SHARE = 0.4  # of the peak: what well-tuned training of models of this size reaches (PaLM arXiv:2204.02311: 0.46)
 BANDWIDTH_SHARE = 0.7  # of the peak: what decoding one token at a time reaches
@@ -193,22 +195,55 @@ def training_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str,
             "updates": (forward * factor, count)}
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What an evaluation draws of a benchmark: prompts, images a prompt in the headline cell and in each of the others, cells
+    (guidance, thinking)."""
+
+    prompts: int
+    images: int
+    controls: int
+    cells: tuple[tuple[str, str], ...]
+
+    def count(self, cell: tuple[str, str]) -> int:
+        """Images a prompt in a cell."""
+        return self.images if cell == HEADLINE else self.controls
+
+    @property
+    def total(self) -> int:
+        """Images in all cells."""
+        return self.prompts * sum(map(self.count, self.cells))
+
+
+def drawn_sets(config: Config) -> dict[str, Drawn]:
+    """Benchmark -> what is drawn of it: the shapes world in the whole grid, others in evaluate.cells, of the official sets."""
+    settings = config.evaluate
+    headline, other = (cell_images(config, cell) for cell in GRID[:2])
+    found = {SHAPES: Drawn(settings.prompts, headline, other, GRID)} if SHAPES in settings.benchmarks else {}
+    return found | {name: Drawn(prompts, images, images, settings.cells)
+                    for name, (prompts, images) in settings.official_counts().items()}
+
+
 def evaluation_work(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
-    """Phase -> (work of a call, calls), of a whole evaluation on one GPU: the grid of guidance and thinking.
+    """Phase -> (work of a call, calls), of a whole evaluation on one GPU: its benchmarks in their cells, without the scorers.
 
     Thinking is sampled once for every image, whatever the cells, and once more a prompt for the greedy cell.
     """
     settings, context = config.evaluate, loads.prompt + loads.thinking + 2
-    images = settings.prompts * settings.images_per_prompt
-    batch = min(settings.batch, images)
-    turns = -(-images // batch)
-    thinking = turns + -(-settings.prompts // batch)
     guided = model_calls(sigma_schedule(settings.num_steps, config.rollout.shift), settings.guidance_interval)
-    drawing = sum(-(-settings.prompts * cell_images(config, (cfg, thinking)) // batch)
-                  * (guided if cfg == "on" else settings.num_steps) for cfg, thinking in GRID)
-    return {"thinking": (decode_step(model, loads.prompt + loads.thinking / 2, batch), thinking * loads.thinking),
-            "denoising": (image_forward(model, context, batch), drawing),
-            "decoding images": (autoencoder_work(config)[1], grid_images(config))}
+    phases: dict[str, tuple[Work, int]] = {}
+    writing = loads.prompt + loads.thinking / 2
+    for name, drawn in drawn_sets(config).items():
+        images = drawn.prompts * drawn.images
+        batch = min(settings.batch, images)
+        turns, shown = -(-images // batch), "" if name == SHAPES else f"{name}, "
+        thinking = turns + (-(-drawn.prompts // batch) if any(cell == "greedy" for _, cell in drawn.cells) else 0)
+        calls = sum(-(-drawn.prompts * drawn.count(cell) // batch) * (guided if cell[0] == "on" else settings.num_steps)
+                    for cell in drawn.cells)
+        phases |= {f"{shown}thinking": (decode_step(model, writing, batch), thinking * loads.thinking),
+                   f"{shown}denoising": (image_forward(model, context, batch), calls),
+                   f"{shown}decoding images": (autoencoder_work(config)[1], drawn.total)}
+    return phases
 
 
 def warmup_phases(config: Config, model: MoTConfig, loads: Loads) -> dict[str, tuple[Work, int]]:
