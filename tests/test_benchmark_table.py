@@ -150,6 +150,12 @@ def test_checkpoints_that_were_scored_differently_are_not_compared(tmp_path: Pat
         put(tmp_path, {"base": example(), "sft": other, "unigrpo/0": example()}, shapes=False)
 
 
+def test_checkpoints_that_were_evaluated_on_other_benchmarks_are_not_compared(tmp_path: Path) -> None:
+    part = example().replace({"score": {"geneval_toy": "geneval_toy_partial"}})
+    with pytest.raises(ValueError, match=r"base and unigrpo/0 were not evaluated alike: unigrpo/0 has no bench/geneval/o"):
+        put(tmp_path, {"base": example(), "sft": example(), "unigrpo/0": part}, shapes=False)
+
+
 def test_metrics_of_another_run_are_refused(tmp_path: Path) -> None:
     write_artifacts(tmp_path, shown=2, steps=3)
     write_table(example(), tmp_path / "artifacts" / "smoke" / "sft" / "benchmarks.csv")

@@ -136,6 +136,9 @@ def test_shapes_alone_leave_an_empty_folder_and_reach_no_scorer(root: Path) -> N
     set_params(root, benchmarks=["shapes", "geneval"])
     assert run(root) == shapes | other
     assert len(read_outcomes(root / OUT / "outcomes.csv")) == 3 * len(GRID)
+    set_params(root, benchmarks=["shapes"], geneval=None)
+    assert run(root) == shapes
+    assert list((root / OUT / "benchmarks").iterdir()) == []  # nothing of an earlier evaluation is left
 
 
 def test_a_cell_drawn_with_the_rest_is_the_cell_drawn_by_draw_grid(root: Path) -> None:

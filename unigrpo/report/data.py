@@ -261,6 +261,7 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
     statistics = Statistics(seed=config.evaluate.seed, resamples=config.report.bootstrap)
     arms = inputs.arms()
     measures = {c.name: all_measures(c) for c in inputs.checkpoints}
+    check_alike(measures, drawn(inputs.checkpoints[0])["headline_metric"])
     scores = benchmarks.labels(benchmarks.common_names({c.name: c.benchmarks for c in inputs.checkpoints}))
     values = {run: combine({c.seed: {metric: statistics.value(found) for metric, found in measures[c.name].items()}
                             for c in members}) for run, members in arms.items()}
@@ -275,7 +276,7 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
     warm = next(iter(arms.get("sft", [])), None)
     trained = [c for c in inputs.checkpoints if c.run not in ("base", "sft")]
     lost = {f"{run}-sft": combine({c.seed: understanding_change(warm.understanding, c.understanding, statistics.difference)
-                                   for c in members}) for run, members in arms.items() if warm and members[0] in trained}
+                                   for c in members}) for run, members in arms.items() if warm and not warm.understanding.empty and members[0] in trained}
     report = {
         "scale": inputs.scale, "report": inputs.which, "arms": values, "differences": differences,
         "controls": {run: found for run, found in controls.items() if found}, "understanding": lost,
@@ -286,6 +287,14 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
         **({"scores": scores} if scores else {}),
     }
     return report | {"headline": headline(report)}
+
+
+def check_alike(measures: Mapping[str, Mapping[str, Measure]], metric: str) -> None:
+    """Raises ValueError naming a checkpoint that lacks the headline metric of the first one."""
+    first = next(iter(measures))
+    if lacking := [name for name, found in measures.items() if metric not in found]:
+        raise ValueError(f"{first} and {lacking[0]} were not evaluated alike: {lacking[0]} has no {metric}; evaluate both "
+                         "again with the same evaluate.benchmarks")
 
 
 def match_seeds(first: Sequence[Checkpoint], second: Sequence[Checkpoint]) -> list[tuple[Checkpoint, Checkpoint]]:
