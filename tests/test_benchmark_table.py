@@ -11,6 +11,7 @@ import pytest
 from report_inputs import write_artifacts
 
 from unigrpo.evaluation.benchmark_table import HEADER, make_table, read_table, score_names, table_metrics, write_table
+from unigrpo.evaluation.controls import COLUMNS
 from unigrpo.evaluation.outcomes import OUTCOME_COLUMNS, write_metrics
 from unigrpo.report.table import terminal_table
 from unigrpo.stages.report import run
@@ -96,6 +97,7 @@ def put(root: Path, tables: dict[str, pd.DataFrame], *, shapes: bool) -> dict[st
         write_metrics(metrics | table_metrics(table), folder / "metrics.json")
         if not shapes:
             (folder / "outcomes.csv").write_text(",".join(OUTCOME_COLUMNS) + "\n")
+            (folder / "understanding.csv").write_text(",".join(COLUMNS) + "\n")
             (folder / "samples" / "samples.json").write_text("[]\n")
     run("smoke", root=root)
     return json.loads((root / "artifacts" / "smoke" / "report" / "report.json").read_text())

@@ -275,8 +275,10 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
                 for run, members in arms.items()}
     warm = next(iter(arms.get("sft", [])), None)
     trained = [c for c in inputs.checkpoints if c.run not in ("base", "sft")]
-    lost = {f"{run}-sft": combine({c.seed: understanding_change(warm.understanding, c.understanding, statistics.difference)
-                                   for c in members}) for run, members in arms.items() if warm and not warm.understanding.empty and members[0] in trained}
+    lost = {}
+    if warm is not None and not warm.understanding.empty:
+        lost = {f"{run}-sft": combine({c.seed: understanding_change(warm.understanding, c.understanding, statistics.difference)
+                                       for c in members}) for run, members in arms.items() if run not in ("base", "sft")}
     report = {
         "scale": inputs.scale, "report": inputs.which, "arms": values, "differences": differences,
         "controls": {run: found for run, found in controls.items() if found}, "understanding": lost,
