@@ -252,6 +252,7 @@ def test_the_environment_of_a_stage_does_not_come_from_the_shell(launch):
     assert env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == str(config.compute.threads)
     assert env["PYTHONHASHSEED"] == "0"
     assert env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
+    assert env["GOMP_SPINCOUNT"] == "2000"
     assert env["METAFLOW_USER"] == "unigrpo"  # Metaflow refuses root
     assert launch.environment(config, {"USER": "ada"})["METAFLOW_USER"] == "ada"
 
