@@ -128,7 +128,7 @@ def test_shapes_alone_leave_an_empty_folder_and_reach_no_scorer(root: Path) -> N
     set_params(root, prompts=3)
     shapes = run(root)
     assert (root / OUT / "benchmarks.csv").read_text() == HEADER + "\n"
-    assert list((root / OUT / "benchmarks").iterdir()) == []
+    assert [path.read_text() for path in (root / OUT / "benchmarks").iterdir()] == ["[]\n"]  # index.json
     assert not [metric for metric in shapes if "geneval/" in metric]
     set_params(root, benchmarks=["geneval"], geneval=shapes_geneval())
     other = run(root)
@@ -138,7 +138,7 @@ def test_shapes_alone_leave_an_empty_folder_and_reach_no_scorer(root: Path) -> N
     assert len(read_outcomes(root / OUT / "outcomes.csv")) == 3 * len(GRID)
     set_params(root, benchmarks=["shapes"], geneval=None)
     assert run(root) == shapes
-    assert list((root / OUT / "benchmarks").iterdir()) == []  # nothing of an earlier evaluation is left
+    assert [path.name for path in (root / OUT / "benchmarks").iterdir()] == ["index.json"]  # nothing of an earlier evaluation
 
 
 def test_a_cell_drawn_with_the_rest_is_the_cell_drawn_by_draw_grid(root: Path) -> None:

@@ -56,13 +56,14 @@ def run(scale: str, *, checkpoint: str, root: Path = Path("."),
             others = importlib.import_module(OTHERS).Benchmarks(stage, root)
         policy = load_policy(root / folder / "checkpoint", stage.config)
         metrics = evaluate_shapes(stage, policy, records) if records else no_shapes(stage.output)
-        shutil.rmtree(stage.output / "benchmarks", ignore_errors=True)
-        (stage.output / "benchmarks").mkdir()                   # an output of the stage, empty where nothing fills it
-        table = make_table()
+        pictures, table = fresh_folder(stage.output / "benchmarks"), make_table()
         if others is not None:
             others.draw(policy)
             del policy
             table = others.score()
+        # What the folder holds, and a file in it where that is nothing: DVC warns of an empty one.
+        drawn = [name for name in settings.benchmarks if name != SHAPES]
+        (pictures / "index.json").write_text(json.dumps(drawn) + "\n", encoding="utf-8")
         write_table(table, stage.output / "benchmarks.csv")
         metrics = metrics | table_metrics(table)
         write_metrics(metrics, stage.output / "metrics.json")
