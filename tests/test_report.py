@@ -88,6 +88,8 @@ def test_understanding_and_sentinel_are_in_the_report(project: Path) -> None:
     page = (project / "artifacts" / "smoke" / "report" / "report.html").read_text(encoding="utf-8")
     assert "unigrpo/0: 7 probes, ALARM: gold/thinking at step 40." in page
     assert 'class="gain wrong">+0.07' in page
+    section = page[page.index('<section id="understanding">'):]
+    assert "unigrpo − sft: text loss, nats a token" in section[:section.index("</section>")]
 
 
 def test_paired_interval_by_hand(tmp_path: Path) -> None:
