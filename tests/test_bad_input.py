@@ -190,6 +190,11 @@ def interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
+def hears_ctrl_c():
+    """A process that a shell started in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     """generate goes on behind the prompts it has finished, whose files are left alone."""
     save_policy(tmp_path / "checkpoint", small_policy(small_config()))
@@ -197,7 +202,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     command = generate(tmp_path / "checkpoint", tmp_path / "out", "--prompts", str(tmp_path / "prompts.txt"), "--batch", "1")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, "-m", "unigrpo", *command], env=env, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, text=True) as process:
+                          stderr=subprocess.PIPE, text=True,
+                          preexec_fn=hears_ctrl_c) as process:
         end = time.monotonic() + 600
         while not (tmp_path / "out" / "00001.json").exists():
             assert process.poll() is None, process.stderr.read()

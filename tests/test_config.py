@@ -87,7 +87,7 @@ def test_group_of_one(root):
 
 def test_odd_updates_name_the_nearest_valid(root):
     change(root, "scales/tiny.yaml", "train", updates_per_rollout=3)
-    with pytest.raises(ValueError, match=r"prompts_per_step=8 must be a multiple of train\.updates_per_rollout=3.*\[6, 9\]"):
+    with pytest.raises(ValueError, match=r"prompts_per_step=16 must be a multiple of train\.updates_per_rollout=3.*\[15, 18\]"):
         load_config("tiny", root=root)
 
 

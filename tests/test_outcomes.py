@@ -124,7 +124,7 @@ def test_damaged_verdicts_are_refused(tmp_path: Path) -> None:
         read_verdicts(path)
     with pytest.raises(ValueError, match="prompt_id aa, sample 0 occurs twice"):
         join_verdicts([verdicts_of(), verdicts_of()])
-    with pytest.raises(ValueError, match=r"wanted thinking in on, off, shuffled, greedy, got 'loud'"):
+    with pytest.raises(ValueError, match=r"wanted thinking in on, off, shuffled, truncated, greedy, got 'loud'"):
         join_verdicts([verdicts_of(thinking="loud")])
     with pytest.raises(ValueError, match="wanted finite graded scores, got nan"):
         join_verdicts([verdicts_of().assign(graded=np.nan)])

@@ -79,7 +79,7 @@ def test_checkpoints_carry_their_autoencoder(root):
 @pytest.mark.parametrize("run", ["unigrpo", "lora", "bf16"])
 def test_training_changes_what_it_should(root, run, monkeypatch):
     # A model after four steps draws nothing that a reward of the world would tell apart.
-    monkeypatch.setattr("unigrpo.stages.train.get_reward", lambda name: lambda images, prompts, texts: [
+    monkeypatch.setattr("unigrpo.stages.watch.get_reward", lambda name, options: lambda images, prompts, texts: [
         Reward(name, torch.from_numpy(images).mean(dim=(1, 2, 3)))])
     metrics = train.run("small", run=run, seed=0, root=root)
     assert np.isfinite(metrics["reward/mean"])

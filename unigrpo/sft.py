@@ -151,11 +151,10 @@ def micro_batches(batch: SupervisedBatch, size: int | None) -> Iterator[tuple[Su
 
 
 def accumulate(metrics: dict[str, float], part: dict[str, float], text_share: float, image_share: float) -> None:
-    """Add a micro-batch's metrics: means by their share of the batch, counts as they are. A part without text has none of
-    its loss or accuracy to add; a batch without any has no such metric."""
+    """Add a micro-batch's metrics: means by their share of the batch, counts as they are. Without text there is no accuracy."""
     shares = {"text/loss": text_share, "text/accuracy": text_share, "image/loss": image_share, "text/tokens": 1.0}
     for name, value in part.items():
-        if shares[name]:
+        if text_share or name != "text/accuracy":
             metrics[name] += shares[name] * value
 
 
