@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
 
     known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
     try:
+        if (processes := processes_of(stage, str(flow.item))) > 1:
+            return run_together(stage, str(flow.item), known, processes)
         return run_stage(stage, str(flow.item), ROOT, known)
     except ValueError as error:
         if os.environ.get("UNIGRPO_TRACEBACK"):
@@ -42,6 +45,45 @@ def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def processes_of(stage: str, item: str) -> int:
+    """How many processes share a stage: compute.processes where it is one of those that can be shared."""
+    from unigrpo.config import load_config
+    from unigrpo.stages import SHARED, parse_name
+
+    return load_config(parse_name(stage, item, ROOT).scale, root=ROOT).compute.processes if stage in SHARED else 1
+
+
+def run_together(stage: str, item: str, known: dict[str, str], processes: int) -> dict[str, float]:
+    """The stage function in several processes of this machine, under torch.distributed.run's agent. Returns its metrics.
+
+    Ends this process with the status of the first that failed: they have said why, and the agent has ended the others.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from unigrpo.stages import parse_name
+    from unigrpo.stages.run import PROVENANCE as KNOWN
+
+    os.environ[KNOWN] = json.dumps(known)
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, start_method="spawn",
+                          monitor_interval=0.1)
+    try:
+        elastic_launch(config, sys.executable)("-m", "unigrpo.stages.run", stage, item)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        status = next((code for code in codes if code > 0), 1)
+        if status not in (2, 130):
+            print(f"{stage} {item}: one of {processes} processes ended with status {codes[0]}; its own words are above",
+                  file=sys.stderr, flush=True)
+        sys.exit(status)
+    except SignalException as error:
+        sys.exit(128 + int(error.sigval))
+    output = ROOT / parse_name(stage, item, ROOT).output / ("metrics.json" if stage == "evaluate" else "training.json")
+    return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
 def resources() -> dict[str, int]:

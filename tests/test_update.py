@@ -35,7 +35,7 @@ def prepared(config, policy=None, *, reference=True, seed=0):
     trainable_experts(policy.model, ["understanding", "generation"])
     policy.freeze_reference([n for n, p in policy.model.named_parameters() if p.requires_grad])
     rollouts = sample(policy, config, small_prompts(4), seed=seed)
-    rows = update_rows(rollouts, config.train.updates_per_rollout, draw("updates", 0))
+    rows = update_rows(rollouts, config.train.updates_per_rollout)
     rollouts = anchor(policy, rollouts, rows, config, reference=reference)
     advantage = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(seed))
     return policy, rollouts, rows, (advantage, advantage)
@@ -114,7 +114,7 @@ def test_regularizer_pulls_towards_the_reference(config, kind):
             if name in names:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator) * parameter.abs().mean())
     rollouts = sample(policy, changed, small_prompts(4))
-    rows = update_rows(rollouts, 2, draw("updates", 0))
+    rows = update_rows(rollouts, 2)
     rollouts = anchor(policy, rollouts, rows, changed, reference=True)
     advantages = (torch.zeros(len(rollouts)),) * 2
     found, before = gradients(policy, rollouts, advantages, changed, rows)
@@ -241,7 +241,7 @@ class TestGate:
         guided = small_policy(config, guidance=(3.0, "global", (0.0, 1.0)))
         rollouts = sample(guided, config, small_prompts(4))
         policy = small_policy(config)
-        rows = update_rows(rollouts, 2, draw("updates", 0))
+        rows = update_rows(rollouts, 2)
         with pytest.raises(MismatchError, match="CFG differs"):
             check_rollouts(self.planted(policy, rollouts, rows, config), config, policy)
 

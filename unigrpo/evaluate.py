@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unigrpo.config import Config
 from unigrpo.contexts import prefill
+from unigrpo.distributed import ALONE, World
 from unigrpo.evaluation.controls import truncate
 from unigrpo.evaluation.outcomes import HEADLINE
 from unigrpo.flow.schedule import sigma_schedule
@@ -154,40 +155,53 @@ def text_losses(policy: BagelPolicy, prompts: Sequence[PromptRecord], texts: Seq
     return found
 
 
+def join_thoughts(policy: BagelPolicy, parts: Sequence[Thoughts]) -> Thoughts:
+    """Thinkings in a row, padded to one width."""
+    width = max(part.tokens.shape[1] for part in parts)
+    tokens = torch.cat([torch.nn.functional.pad(part.tokens, (0, width - part.tokens.shape[1]), value=policy.special.pad)
+                        for part in parts])
+    return Thoughts(tokens, torch.cat([part.lengths for part in parts]), [text for part in parts for text in part.texts])
+
+
 def think_grid(policy: BagelPolicy, prompts: Sequence[PromptRecord], cells: Set[str], config: Config, *, samples: int,
-               batch: int, seed: int) -> dict[str, Thoughts | None]:
-    """The thinking of every (prompt, sample) in each of the cells; None for the cell without any."""
-    pairs = [(p, i) for p in prompts for i in range(samples)]
+               batch: int, seed: int, world: World = ALONE) -> dict[str, Thoughts | None]:
+    """The thinking of every (prompt, sample) in each of the cells, in every process; None for the cell without any."""
+    def write(pairs: Sequence[tuple[PromptRecord, int]], greedy: bool = False) -> Thoughts:
+        own = write_thoughts(policy, world.share(pairs), config, seed=seed, batch=batch, greedy=greedy)
+        return join_thoughts(policy, world.gather(own))
+
     thoughts: dict[str, Thoughts | None] = {"off": None}
     if cells & {"on", "shuffled", "truncated"}:
-        own = write_thoughts(policy, pairs, config, seed=seed, batch=batch)
+        own = write([(p, i) for p in prompts for i in range(samples)])
         thoughts |= {"on": own, "truncated": halved(policy, own)}
         if "shuffled" in cells:
             thoughts["shuffled"] = own.select(shuffled_rows(len(prompts), samples, seed))
     if "greedy" in cells:
-        once = write_thoughts(policy, [(p, 0) for p in prompts], config, seed=seed, batch=batch, greedy=True)
+        once = write([(p, 0) for p in prompts], greedy=True)
         thoughts["greedy"] = once.select([i for i in range(len(prompts)) for _ in range(samples)])
     return thoughts
 
 
 def draw_grid(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config,
               grid: Sequence[tuple[str, str]] = GRID, *, samples: int, batch: int, seed: int,
-              control_samples: int | None = None) -> Iterator[DrawnBatch]:
+              control_samples: int | None = None, world: World = ALONE) -> Iterator[DrawnBatch]:
     """All images of a benchmark, thinking by thinking, batch by batch, without and with guidance from one context.
 
     Args:
         prompts: P records; every one is drawn `samples` times in every cell of `grid`.
         batch: images a forward; changes no image beyond rounding.
         control_samples: fewer, for all cells but the headline one; they are the first of its samples.
+        world: processes that share the images: each yields its own.
     """
-    thoughts = think_grid(policy, prompts, {cell for _, cell in grid}, config, samples=samples, batch=batch, seed=seed)
+    thoughts = think_grid(policy, prompts, {cell for _, cell in grid}, config, samples=samples, batch=batch, seed=seed,
+                          world=world)
     wanted = {cell: samples if cell == HEADLINE else min(samples, control_samples or samples) for cell in grid}
     for thinking in dict.fromkeys(thinking for _, thinking in grid):
         source = thoughts[thinking]
         edges = sorted({0, *(count for (_, cell), count in wanted.items() if cell == thinking)})
         for low, high in pairwise(edges):
             scales = [cfg for cfg, cell in grid if cell == thinking and wanted[cfg, cell] >= high]
-            rows = [i * samples + k for i in range(len(prompts)) for k in range(low, high)]
+            rows = world.share([i * samples + k for i in range(len(prompts)) for k in range(low, high)])
             for start in range(0, len(rows), batch):
                 part = rows[start:start + batch]
                 pairs = [(prompts[row // samples], row % samples) for row in part]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from unigrpo.config import Config
+from unigrpo.distributed import ALONE, World
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.policy import UnifiedPolicy
 from unigrpo.types import Rollouts
@@ -21,16 +22,22 @@ class MismatchError(ValueError):
     """Rollout and replay disagree; the message names how."""
 
 
-def mismatch_metrics(rollouts: Rollouts, config: Config) -> dict[str, float]:
-    """Mean and maximal absolute difference of recorded and replayed log-probs; images in units of their clip."""
+def mismatch_metrics(rollouts: Rollouts, config: Config, world: World = ALONE) -> dict[str, float]:
+    """Mean and maximal absolute difference of recorded and replayed log-probs; images in units of their clip.
+
+    Args:
+        rollouts: anchored, this process's. world: over whose rollouts the mean goes.
+    """
     text, image = rollouts.text, rollouts.image
     assert text.old_log_probs is not None
     assert image.old_log_probs is not None
     text_gap = (text.rollout_log_probs - text.old_log_probs).abs()[text.mask]
     clip = image_clip(config.objective.image.clip_high, image)
     image_gap = (image.rollout_log_probs - image.old_log_probs).abs() / clip
-    return {"mismatch/text": text_gap.mean().item(), "mismatch/text_max": text_gap.max().item(),
-            "mismatch/image": image_gap.mean().item(), "mismatch/image_max": image_gap.max().item()}
+    sums = world.sum({"text": float(text_gap.double().sum()), "tokens": float(text_gap.numel()),
+                      "image": float(image_gap.double().sum()), "steps": float(image_gap.numel())})
+    return {"mismatch/text": sums["text"] / sums["tokens"], "mismatch/image": sums["image"] / sums["steps"],
+            **world.max({"mismatch/text_max": text_gap.max().item(), "mismatch/image_max": image_gap.max().item()})}
 
 
 def check_rollouts(rollouts: Rollouts, config: Config, policy: UnifiedPolicy) -> None:

@@ -74,6 +74,11 @@ def resume_key(root: Path, stage: str, name: str, params: Mapping[str, Any], inp
                         "code": sha256_code()})[:24]
 
 
+def resume_path(root: Path, stage: str, name: str, params: Mapping[str, Any], inputs: Iterable[str] = ()) -> Path:
+    """Where `resume_folder` keeps a stage's progress."""
+    return root / STATE / "resume" / resume_key(root, stage, name, params, inputs)
+
+
 @contextmanager
 def resume_folder(root: Path, stage: str, name: str, params: Mapping[str, Any], inputs: Iterable[str] = (), *,
                   say: Callable[[str], None] = say_to_stderr) -> Iterator[Path]:
@@ -84,7 +89,7 @@ def resume_folder(root: Path, stage: str, name: str, params: Mapping[str, Any], 
         inputs: files and folders the stage reads, relative to `root`.
     Yields: an existing folder that this process alone works in; empty unless an earlier run was interrupted.
     """
-    folder = root / STATE / "resume" / resume_key(root, stage, name, params, inputs)
+    folder = resume_path(root, stage, name, params, inputs)
     with hold(folder.with_suffix(".lock"), f"{stage} {name}", say=say):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

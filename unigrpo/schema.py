@@ -329,10 +329,11 @@ class GpuConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Where and how stages run: nothing here may change a number except the thread count, which is part of exactness,
-    and the device, by rounding."""
+    """Where and how stages run: nothing here may change a number except the counts of threads and processes, which are
+    part of exactness, and the device, all by rounding."""
 
     threads: Positive
+    processes: Positive
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
 
@@ -363,17 +364,7 @@ class Config(Section):
     @model_validator(mode="after")
     def check(self) -> Self:
         """Rules that cross sections."""
-        prompts, updates, group = (self.rollout.prompts_per_step, self.train.updates_per_rollout, self.rollout.group_size)
-        if prompts % updates:
-            near = sorted({max(updates, prompts - prompts % updates), prompts + updates - prompts % updates})
-            raise ValueError(f"rollout.prompts_per_step={prompts} must be a multiple of train.updates_per_rollout={updates}: "
-                             f"an update takes whole prompt groups; the nearest valid values are {near}")
-        rows = prompts // updates * group
-        if rows % min(self.train.micro_batch, rows):
-            valid = [d for d in range(1, rows + 1) if rows % d == 0]
-            near_two = sorted(valid, key=lambda d: abs(d - self.train.micro_batch))[:2]
-            raise ValueError(f"train.micro_batch={self.train.micro_batch} must divide an update's {rows} rollouts; "
-                             f"the nearest valid values are {sorted(near_two)}")
+        self.check_shares()
         if self.train.experts and self.model.attention_dropout > 0:
             raise ValueError(f"model.attention_dropout must be 0, got {self.model.attention_dropout}: RL replays rollouts "
                              "and dropout would make every ratio noise")
@@ -392,6 +383,28 @@ class Config(Section):
             raise ValueError(f"train.probe_prompts={self.train.probe_prompts} must be at most curate.validation="
                              f"{self.curate.validation}")
         return self
+
+    def check_shares(self) -> None:
+        """Updates and processes take equally many whole prompt groups, micro-batches equally many rollouts."""
+        prompts, updates, processes = (self.rollout.prompts_per_step, self.train.updates_per_rollout, self.compute.processes)
+        parts = updates * processes
+        if prompts % parts:
+            near = sorted({max(parts, prompts - prompts % parts), prompts + parts - prompts % parts})
+            raise ValueError(f"rollout.prompts_per_step={prompts} must be a multiple of train.updates_per_rollout={updates} "
+                             f"times compute.processes={processes}: an update takes whole prompt groups, as many from each "
+                             f"process; the nearest valid values are {near}")
+        rows = prompts // parts * self.rollout.group_size
+        if rows % min(self.train.micro_batch, rows):
+            valid = [d for d in range(1, rows + 1) if rows % d == 0]
+            near_two = sorted(valid, key=lambda d: abs(d - self.train.micro_batch))[:2]
+            raise ValueError(f"train.micro_batch={self.train.micro_batch} must divide the {rows} rollouts of an update and "
+                             f"process; the nearest valid values are {sorted(near_two)}")
+        for section in ("base", "sft"):
+            texts = getattr(self, section).texts_per_step
+            if texts % processes:
+                near = sorted({max(processes, texts - texts % processes), texts + processes - texts % processes})
+                raise ValueError(f"{section}.texts_per_step={texts} must be a multiple of compute.processes={processes}; the "
+                                 f"nearest valid values are {near}")
 
     def check_pixels(self) -> None:
         """What the autoencoder emits is what the decoder draws."""

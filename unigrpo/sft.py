@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unigrpo.distributed import ALONE, World
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import concatenate_rows, encode_segments
 from unigrpo.models.mot import patchify
@@ -136,14 +137,16 @@ def supervised_factor(step: int, config: SupervisedConfig) -> float:
     return rise * (1 - (1 - config.final_lr_share) * fall)
 
 
-def micro_batches(batch: SupervisedBatch, size: int | None) -> Iterator[tuple[SupervisedBatch, float, float]]:
-    """Parts of at most `size` rows (None: the batch whole), each with its share of the target tokens and of the images.
+def micro_batches(batch: SupervisedBatch, size: int | None,
+                  world: World = ALONE) -> Iterator[tuple[SupervisedBatch, float, float]]:
+    """Parts of at most `size` of this process's rows (None: all), each with its share of the target tokens and the images.
 
     Losses are means, so the parts' losses times these shares add up to the batch's. A part is cut to its longest row.
     """
     rows = len(batch.lengths)
     predicted = max(1, int(batch.targets[:, 1:].sum()))
-    for part in torch.arange(rows).split(size or rows):
+    own = torch.as_tensor(world.share(range(rows)))
+    for part in own.split(size or len(own)):
         columns = int(batch.lengths[part].max())
         yield (SupervisedBatch(batch.tokens[part, :columns], batch.lengths[part], batch.targets[part, :columns],
                                batch.clean[part], batch.sigma[part], batch.noise[part]),
@@ -160,16 +163,18 @@ def accumulate(metrics: dict[str, float], part: dict[str, float], text_share: fl
 
 def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optimizer],
                      batches: Callable[[int], SupervisedBatch], config: SupervisedConfig, *,
-                     log: Callable[[int, dict[str, float]], None], save: Callable[[int], None], start_step: int = 0) -> None:
+                     log: Callable[[int, dict[str, float]], None], save: Callable[[int], None], start_step: int = 0,
+                     world: World = ALONE) -> None:
     """Minimise text_weight * CE + image_weight * MSE for config.steps steps.
 
     Args:
-        batches: step -> batch; the step is the data cursor. log, save: called after every step.
+        batches: step -> batch, the same in every process; the step is the data cursor. log, save: called after every step.
+        world: the processes that share a batch.
     Raises: ValueError where the loss is not finite, naming the step.
     """
     for step in range(start_step, config.steps):
         metrics: dict[str, float] = defaultdict(float)
-        for part, text_share, image_share in micro_batches(batches(step), config.micro_batch):
+        for part, text_share, image_share in micro_batches(batches(step), config.micro_batch, world):
             with torch.autocast(policy.model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
                 text_loss, image_loss, measured = supervised_losses(policy, part)
             loss = config.text_weight * text_share * text_loss + config.image_weight * image_share * image_loss
@@ -178,7 +183,9 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
                                  f"{image_loss.item()}); lower muon_lr or adam_lr in params")
             loss.backward()
             accumulate(metrics, measured, text_share, image_share)
+        metrics = world.sum({"text/accuracy": 0.0, **metrics} if world.size > 1 else metrics)  # the same names everywhere
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        world.sum_gradients(parameters)
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
         factor = supervised_factor(step, config)
         for optimizer in optimizers:

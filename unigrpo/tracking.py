@@ -248,6 +248,28 @@ class Tracker:
             self.down = True
 
 
+class SilentTracker(Tracker):
+    """The tracker of a process that does not speak: the stage's main process tells for all."""
+
+    def __init__(self) -> None:
+        """Nothing to keep."""
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Told by the main process."""
+
+    def log_artifacts(self, path: Path | str, to: str | None = None) -> None:
+        """Told by the main process."""
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """Told by the main process."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Told by the main process."""
+
+    def send(self, *, pending: bool = False) -> None:
+        """Told by the main process."""
+
+
 def send_pending(root: Path, client: Any, *, without: str) -> None:
     """Send what earlier stages could not. Runs that another process is writing are its own business."""
     for path in sorted((root / STATE / "tracking").glob("*.jsonl")):

@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from unigrpo.config import Config
 from unigrpo.credit import assign_credit
+from unigrpo.distributed import ALONE, World
 from unigrpo.mismatch import check_rollouts, mismatch_metrics
 from unigrpo.policy import Draw, UnifiedPolicy
 from unigrpo.types import PromptRecord, Reward, Rollouts
-from unigrpo.update import anchor, minibatches, objective, optimizer_step, schedule_factor, update_rows
+from unigrpo.update import (
+    anchor,
+    minibatches,
+    objective,
+    optimizer_step,
+    own_prompts,
+    schedule_factor,
+    update_rows,
+)
 
 RewardFunction = Callable[[Rollouts], Sequence[Reward]]
 
 
 def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Callable[[int], Sequence[PromptRecord]],
-          reward_fn: RewardFunction, config: Config, *, draw: Draw, log: Callable[[int, dict[str, float], Rollouts], None],
-          save: Callable[[int], None], start_step: int = 0) -> None:
+          reward_fn: RewardFunction, config: Config, *, draw: Draw,
+          log: Callable[[int, dict[str, float], Rollouts, list[Reward]], None], save: Callable[[int], None],
+          start_step: int = 0, world: World = ALONE) -> None:
     """Optimise the policy for config.train.num_steps rollouts.
 
     Args:
@@ -31,46 +42,53 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
         prompts: step -> the P prompts of that step; the step alone is the data cursor.
         reward_fn: B rollouts -> reward records, NaN where missing.
         draw: draw(purpose, *key) -> generator, the run's seed bound.
-        log: called after every step with its metrics and rollouts. save: called after every step, decides itself.
-        start_step: where a resumed run goes on.
+        log: called after every step with its metrics, and this process's rollouts and rewards. save: called after every
+            step, decides itself. start_step: where a resumed run goes on.
+        world: the processes that share a step: each samples, scores and replays its prompts, gradients are added up.
     Raises: MismatchError before the first update; ValueError on too many missing rewards or skipped updates.
     """
     updates, skipped = config.train.updates_per_rollout, 0
     for step in range(start_step, config.train.num_steps):
-        rollouts = policy.generate(prompts(step), group_size=config.rollout.group_size, sampling=config.rollout,
+        mine = own_prompts(prompts(step), updates, draw("updates", step), world)
+        rollouts = policy.generate(mine, group_size=config.rollout.group_size, sampling=config.rollout,
                                    generators=partial(draw_at, draw, step), step=step)    # thinking, then images
-        rewards = reward_fn(rollouts)                                                     # records; NaN where missing
-        advantages, metrics = assign_credit(rewards, rollouts.segments, group_size=config.rollout.group_size,
+        rewards = list(reward_fn(rollouts))                                               # records; NaN where missing
+        everyone = [replace(reward, value=world.gather_rows(reward.value)) for reward in rewards]
+        advantages, metrics = assign_credit(everyone, rollouts.segments, group_size=config.rollout.group_size,
                                             weights=config.reward.weights, **config.credit.model_dump())
         if metrics["reward/missing"] > config.reward.max_missing:
             raise ValueError(f"{metrics['reward/missing']:.0%} of the rewards of step {step} are missing, more than "
                              f"reward.max_missing={config.reward.max_missing:.0%}: look at the reward's own log")
-        rows = update_rows(rollouts, updates, draw("updates", step))
-        monitored = step % config.train.monitor_every == 0 or config.objective.image.regularizer != "none"
-        rollouts = anchor(policy, rollouts, rows, config, reference=monitored or config.objective.text.kl_weight > 0)
-        metrics |= mismatch_metrics(rollouts, config)
+        rows, monitored = update_rows(rollouts, updates), step % config.train.monitor_every == 0
+        checked = monitored or step == start_step  # else the first update's own replay is its anchor
+        rollouts = anchor(policy, rollouts, rows, config, reference=monitored or penalised(config), first=checked)
+        if compared := rows if monitored else rows[1:]:
+            metrics |= mismatch_metrics(rollouts.select(torch.cat(compared)), config, world)
         if step == start_step:
             check_rollouts(rollouts, config, policy)
-        for update, minibatch in enumerate(minibatches(rollouts, advantages, config, rows)):   # one optimizer step each
+        own = [world.share_rows(advantage) for advantage in advantages]
+        for update, minibatch in enumerate(minibatches(rollouts, own, config, rows, world)):   # one optimizer step each
             factor = schedule_factor(step * updates + update, config.train.num_steps * updates, config.optim)
             decay = factor if config.objective.image.regularizer_decay else 1.0
             sums: dict[str, float] = {}
             for batch in minibatch.micro_batches():                                       # carries its slice of the weights
                 replay = policy.replay(batch.rollouts)                                    # one packed forward
-                loss, parts = objective(replay, batch, config, decay=decay,
-                                        measure_gradients=step % config.train.monitor_every == 0)
+                if update == 0 and not checked:
+                    batch = batch.anchored(replay, config)
+                loss, parts = objective(replay, batch, config, decay=decay, measure_gradients=monitored)
                 loss.backward()
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
+            sums = world.sum(sums)
             # Not "< 1e-12": a NaN is the optimizer step's to refuse and count.
             assert update > 0 or not sums["text/ratio_variation"] + sums["image/ratio_variation"] >= 1e-12, "ratio is not 1"
-            stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip)
+            stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip, world)
             skipped += int(stats["optim/skipped"])
             metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
             if skipped > config.train.max_skipped:
                 raise ValueError(f"{skipped} updates had gradients that are not finite, the last at step {step}; lower "
                                  "optim.*_lr in params, or resume from the last checkpoint")
-        log(step, metrics | describe(rollouts, config), rollouts)
+        log(step, metrics | describe(rollouts, config, world), rollouts, rewards)
         save(step)
 
 
@@ -88,15 +106,24 @@ def finish(sums: dict[str, float]) -> dict[str, float]:
     return out
 
 
-def describe(rollouts: Rollouts, config: Config) -> dict[str, float]:
-    """Statistics of the sampled thinking and counted work."""
+def penalised(config: Config) -> bool:
+    """True if the loss compares with the reference."""
+    return config.objective.image.regularizer != "none" or config.objective.text.kl_weight > 0
+
+
+def describe(rollouts: Rollouts, config: Config, world: World = ALONE) -> dict[str, float]:
+    """Statistics of the sampled thinking and counted work, of all processes."""
     lengths = rollouts.text.lengths
     limit = config.rollout.max_thinking_tokens
     last = rollouts.text.tokens.gather(1, (lengths - 1)[:, None])[:, 0]
     stopped = last == last.new_tensor(rollouts.stop_token)
+    sums = world.sum({"rollouts": float(len(rollouts)), "length": float(lengths.sum()),
+                      "truncated": float(((lengths == limit) & ~stopped).sum()),
+                      "entropy": float(rollouts.text.entropy.double().sum()),
+                      "cost/prompt_tokens": float(rollouts.prompt_lengths.sum()),
+                      **{f"cost/{name}": float(value) for name, value in rollouts.cost.items()}})
     return {"cost/reference_passes": float(rollouts.image.ref_velocities is not None),
-            "thinking/length": lengths.float().mean().item(), "thinking/length_max": float(lengths.max()),
-            "thinking/truncated": ((lengths == limit) & ~stopped).float().mean().item(),
-            "cost/prompt_tokens": float(rollouts.prompt_lengths.sum()),
-            "thinking/rollout_entropy": (rollouts.text.entropy.sum() / lengths.sum()).item(),
-            **{f"cost/{name}": float(value) for name, value in rollouts.cost.items()}}
+            "thinking/length": sums["length"] / sums["rollouts"], "thinking/truncated": sums["truncated"] / sums["rollouts"],
+            "thinking/rollout_entropy": sums["entropy"] / sums["length"],
+            **world.max({"thinking/length_max": float(lengths.max())}),
+            **{name: value for name, value in sums.items() if name.startswith("cost/")}}

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from unigrpo.adapters import has_adapters
+from unigrpo.distributed import ALONE, World
 from unigrpo.flow.sde import Transition, transition
 from unigrpo.masters import MasterAdamW
 from unigrpo.objectives import clipped_surrogate_loss, k3_kl, latent_kl, projected_log_ratio, velocity_mse
 from unigrpo.policy import UnifiedPolicy
 from unigrpo.schema import Config, ObjectiveConfig, OptimConfig
 from unigrpo.text import sequence_weights
-from unigrpo.types import FlowSegment, Replay, Rollouts
+from unigrpo.types import FlowSegment, PromptRecord, Replay, Rollouts
 
 CLIP_ELEMENTS = 65_536  # latent elements at which params state the image clip; it scales with sqrt(CLIP_ELEMENTS / D)
 
@@ -34,6 +35,14 @@ class Batch:
     text_weights: Tensor
     image_weights: Tensor
 
+    def anchored(self, replay: Replay, config: Config) -> Batch:
+        """The batch with this replay as its anchor, as long as no weight has moved since it was sampled: its ratio is 1."""
+        text, image = self.rollouts.text, self.rollouts.image
+        move = score(image, replay.velocities.detach(), config)
+        return replace(self, rollouts=self.rollouts.with_segments([
+            replace(text, old_log_probs=replay.text_log_probs.detach()),
+            replace(image, old_log_probs=move.log_prob, old_means=move.mean)]))
+
 
 @dataclass(frozen=True)
 class Minibatch:
@@ -44,31 +53,46 @@ class Minibatch:
     advantages: tuple[Tensor, ...]
     micro_batch: int
     aggregation: str
+    world: World = ALONE
 
     def micro_batches(self) -> Iterator[Batch]:
-        """Consecutive micro-batches, each with its slice of the weights."""
+        """Consecutive micro-batches, each with its slice of the weights, which sum to 1 over all processes."""
         text = self.rollouts.text.mask[self.rows]
-        text_weights = sequence_weights(text, self.aggregation)  # type: ignore[arg-type]
+        counts = self.world.sum({"rows": float(len(text)), "sequences": float(text.any(dim=1).sum()),
+                                 "tokens": float(text.sum())})
+        text_weights = sequence_weights(text, self.aggregation, num_sequences=int(counts["sequences"]),  # type: ignore[arg-type]
+                                        num_tokens=int(counts["tokens"]))
         window = self.rollouts.image.mask.shape[1]
         for chunk in torch.arange(len(self.rows)).split(self.micro_batch):
             rows = self.rows[chunk]
             yield Batch(self.rollouts.select(rows), tuple(a[rows].to(text.device) for a in self.advantages),
-                        text_weights[chunk], torch.full((len(rows), window), 1.0 / (len(self.rows) * window),
+                        text_weights[chunk], torch.full((len(rows), window), 1.0 / (counts["rows"] * window),
                                                         dtype=torch.float64, device=text.device))
 
 
-def update_rows(rollouts: Rollouts, updates: int, rng: np.random.Generator) -> list[Tensor]:
-    """Row indices of each update: disjoint sets of whole prompt groups, in a keyed random order."""
-    groups = np.asarray(rng.permutation(len(rollouts) // rollouts.group_size))
-    rows = torch.arange(len(rollouts)).view(-1, rollouts.group_size)
-    return [rows[torch.from_numpy(part)].flatten() for part in np.split(groups, updates)]
+def own_prompts(prompts: Sequence[PromptRecord], updates: int, rng: np.random.Generator,
+                world: World = ALONE) -> list[PromptRecord]:
+    """This process's prompts of a step, update after update: disjoint sets in a keyed random order, the same number each.
+
+    Raises: ValueError if the prompts cannot be split so.
+    """
+    if len(prompts) % (updates * world.size):
+        raise ValueError(f"{len(prompts)} prompts a step must be a multiple of {updates} updates x {world.size} processes; "
+                         "change rollout.prompts_per_step, train.updates_per_rollout or compute.processes in params")
+    parts = np.split(rng.permutation(len(prompts)), updates)
+    return [prompts[i] for part in parts for i in world.share(part.tolist())]
 
 
-def minibatches(rollouts: Rollouts, advantages: Sequence[Tensor], config: Config,
-                rows: Sequence[Tensor]) -> Iterator[Minibatch]:
+def update_rows(rollouts: Rollouts, updates: int) -> list[Tensor]:
+    """Row indices of each update, see `own_prompts`: whole prompt groups, side by side."""
+    return list(torch.arange(len(rollouts)).chunk(updates))
+
+
+def minibatches(rollouts: Rollouts, advantages: Sequence[Tensor], config: Config, rows: Sequence[Tensor],
+                world: World = ALONE) -> Iterator[Minibatch]:
     """One minibatch for each optimizer step."""
     for part in rows:
-        yield Minibatch(part, rollouts, tuple(advantages), config.train.micro_batch, config.objective.text.aggregation)
+        yield Minibatch(part, rollouts, tuple(advantages), config.train.micro_batch, config.objective.text.aggregation, world)
 
 
 def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
@@ -80,7 +104,7 @@ def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
 
 
 def anchor(policy: UnifiedPolicy, rollouts: Rollouts, rows: Sequence[Tensor], config: Config, *,
-           reference: bool) -> Rollouts:
+           reference: bool, first: bool = True) -> Rollouts:
     """Old log-probs and means of every rollout at the weights that sampled, and the reference's velocities.
 
     Replayed in the micro-batches the updates will use, gradient enabled and then detached: same packing, kernels and
@@ -88,19 +112,21 @@ def anchor(policy: UnifiedPolicy, rollouts: Rollouts, rows: Sequence[Tensor], co
 
     Args:
         rows: of each update. reference: whether the reference's velocities are wanted.
+        first: False leaves the first update's rows without old values (NaN): its own replay will do, see Batch.anchored.
     """
     text, image = rollouts.text, rollouts.image
-    old_text, old_image = torch.zeros_like(text.rollout_log_probs), torch.zeros_like(image.rollout_log_probs)
-    old_means = torch.zeros_like(image.latents)
+    old_text, old_image = (torch.full_like(part.rollout_log_probs, math.nan) for part in (text, image))
+    old_means = torch.full_like(image.latents, math.nan)
     ref_text = torch.zeros_like(old_text) if reference else None
     ref_velocities = torch.zeros_like(image.latents) if reference else None
-    for chunk in (c for part in rows for c in part.split(config.train.micro_batch)):
+    for update, chunk in ((u, c) for u, part in enumerate(rows) for c in part.split(config.train.micro_batch)):
         batch = rollouts.select(chunk)
-        with torch.enable_grad():
-            replay = policy.replay(batch)
-        move = score(batch.image, replay.velocities.detach(), config)
-        old_text[chunk], old_image[chunk] = replay.text_log_probs.detach(), move.log_prob
-        old_means[chunk] = move.mean
+        if first or update > 0:
+            with torch.enable_grad():
+                replay = policy.replay(batch)
+            move = score(batch.image, replay.velocities.detach(), config)
+            old_text[chunk], old_image[chunk] = replay.text_log_probs.detach(), move.log_prob
+            old_means[chunk] = move.mean
         if ref_velocities is not None and ref_text is not None:
             with policy.reference(), torch.no_grad():
                 replay = policy.replay(batch)
@@ -234,10 +260,14 @@ def schedule_factor(update: int, total: int, config: OptimConfig) -> float:
     return factor
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float) -> dict[str, float]:
-    """Clip per expert, step unless a gradient is not finite. Returns gradient norms, and `skipped` 0 or 1."""
+def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float, world: World = ALONE) -> dict[str, float]:
+    """Add up over processes, clip per expert, step unless a gradient is not finite.
+
+    Returns: gradient norms, and `skipped` 0 or 1.
+    """
     norms = {}
     for group in optimizer.param_groups:
+        world.sum_gradients(group["params"])
         norms[f"{group['name']}/grad_norm"] = float(nn.utils.clip_grad_norm_(group["params"], max_norm))
         group["lr"] = group["peak_lr"] * factor
     skipped = not all(math.isfinite(v) for v in norms.values())

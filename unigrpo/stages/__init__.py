@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("curate", "base", "sft", "train", "evaluate", "report")
+SHARED = ("base", "sft", "train", "evaluate")  # stages that compute.processes share
 REPORTS = ("main", "experiments")
 EXPERIMENT = Path("params/experiment.yaml")
 MAIN_RUN = "unigrpo/0"  # the checkpoint that the main report is about, beside base and sft

@@ -31,17 +31,21 @@ def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | N
                  root=root, provenance=provenance) as stage:
         config = stage.config
         if source is not None:
-            metrics = import_base(root / source, stage.output / "checkpoint", config)
+            metrics = import_base(root / source, stage.output / "checkpoint", config) if stage.world.main else {}
             stage.log(0, metrics)
             return stage.write(metrics)
         policy = fresh_policy(config)
         metrics = {}
         if config.autoencoder is not None:
+            if stage.world.main:  # the others find it finished
+                autoencoder_of(config.autoencoder, stage.folder, size=max(config.model.image_size), device=policy.model.device)
+            stage.world.wait()
             policy.autoencoder = autoencoder_of(config.autoencoder, stage.folder, size=max(config.model.image_size),
                                                 device=policy.model.device)
             metrics["autoencoder/rmse"] = reconstruction_error(policy.autoencoder, config.autoencoder)
         train_stage(stage, policy, config.base, lambda step: caption_batch(policy, config, step))
-        save_policy(stage.output / "checkpoint", policy)
+        if stage.world.main:
+            save_policy(stage.output / "checkpoint", policy)
         return stage.write({**summary(stage, policy, config.base), **metrics})
 
 
@@ -106,10 +110,10 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
             stage.progress.step(step + 1)
 
     def save(step: int) -> None:
-        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps:
+        if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
             save_training_state(stage.folder, step + 1, policy.model, optimizers, stage.state())
 
-    train_supervised(policy, optimizers, batches, settings, log=log, save=save, start_step=start)
+    train_supervised(policy, optimizers, batches, settings, log=log, save=save, start_step=start, world=stage.world)
     if settings.activation_checkpointing:
         policy.model.activation_checkpointing_disable()
     policy.model.eval()

@@ -98,7 +98,7 @@ class Benchmarks:
         self.batch = min(SCORED, settings.batch)
         device = compute_device(stage.config.compute.device).type
         quiet_transformers()
-        for item in self.items:
+        for item in self.items if stage.world.main else ():
             scorers = _named(item, lambda item=item: item.load(device, self.batch))
             if scorers and item.canary is not None:
                 _named(item, lambda item=item, scorers=scorers: canary.check(item.canary, scorers, canary.device_name(device)))
@@ -108,9 +108,11 @@ class Benchmarks:
         for item in self.items:
             policy.encode(item.records)  # words that the model cannot read are found here and not an hour later
             folder = self._folder(item)
-            _same_prompts(folder, self.stage.folder / f"{item.name}.prompts", item)
-            for cell in self.cells:
-                item.describe(folder / cell_name(cell))
+            if self.stage.world.main:
+                _same_prompts(folder, self.stage.folder / f"{item.name}.prompts", item)
+                for cell in self.cells:
+                    item.describe(folder / cell_name(cell))
+            self.stage.world.wait()
             _with_memory(lambda item=item, folder=folder: draw_all(self.stage, policy, item, folder, self.cells))
 
     def score(self) -> pd.DataFrame:
@@ -146,19 +148,20 @@ def draw_all(stage: Session, policy: BagelPolicy, item: Benchmark, folder: Path,
     paths = [[folder / cell_name(cell) / item.place(record, sample) for cell in cells for record in chunk
               for sample in range(item.samples)] for chunk in chunks]
     todo = [chunk for chunk, files in zip(chunks, paths, strict=True) if not all(is_whole(file) for file in files)]
+    stage.world.wait()  # all have looked before any draws
     total = len(item.records) * item.samples * len(cells)
     done = total - sum(map(len, todo)) * item.samples * len(cells)
     if not todo:
         return
     stage.begin(f"{item.name}, draw", total, start=done, unit="images")
-    for chunk in todo:
+    for chunk in stage.world.share(todo):
         for batch in draw_grid(policy, chunk, stage.config, cells, samples=item.samples, batch=settings.batch,
                                seed=settings.seed):
             for (record, sample), image, text in zip(batch.rows, batch.images, batch.texts, strict=True):
                 write_picture(folder / cell_name((batch.cfg, batch.cell)) / item.place(record, sample), image, text)
-            done += len(batch.rows)
+            done += len(batch.rows) * stage.world.size  # the others are about as far
             if stage.progress is not None:
-                stage.progress.step(done)
+                stage.progress.step(min(done, total))
 
 
 def write_picture(path: Path, image: np.ndarray, thinking: str) -> None:

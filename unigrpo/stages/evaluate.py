@@ -55,12 +55,15 @@ def run(scale: str, *, checkpoint: str, root: Path = Path("."),
         if set(settings.benchmarks) - {SHAPES}:
             others = importlib.import_module(OTHERS).Benchmarks(stage, root)
         policy = load_policy(root / folder / "checkpoint", stage.config)
-        metrics = evaluate_shapes(stage, policy, records) if records else no_shapes(stage.output)
-        pictures, table = fresh_folder(stage.output / "benchmarks"), make_table()
+        metrics = evaluate_shapes(stage, policy, records) if records else no_shapes(stage)
         if others is not None:
             others.draw(policy)
-            del policy
-            table = others.score()
+            stage.world.wait()
+        del policy
+        if not stage.world.main:
+            return {}
+        pictures = fresh_folder(stage.output / "benchmarks")
+        table = make_table() if others is None else others.score()
         # What the folder holds, and a file in it where that is nothing: DVC warns of an empty one.
         drawn = [name for name in settings.benchmarks if name != SHAPES]
         (pictures / "index.json").write_text(json.dumps(drawn) + "\n", encoding="utf-8")
@@ -83,8 +86,11 @@ def read_prompts(path: Path, stage: Session) -> list[PromptRecord]:
     return records
 
 
-def no_shapes(output: Path) -> dict[str, float]:
+def no_shapes(stage: Session) -> dict[str, float]:
     """The files of the shapes world's benchmark where it is not asked for: every one there and empty."""
+    output = stage.output
+    if not stage.world.main:
+        return {}
     fresh_folder(output / "samples")
     (output / "samples" / "samples.json").write_text("[]\n", encoding="utf-8")
     verdicts = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in VERDICT_COLUMNS.items()})
@@ -99,14 +105,17 @@ def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[Promp
 
     Returns: what follows from them, and the sentinel's statistics of the headline cell, as flat metrics.
     """
-    settings = stage.config.evaluate
+    settings, world = stage.config.evaluate, stage.world
     shown = {record.id for record in records[:settings.gallery]}
-    pictures = fresh_folder(stage.output / "samples")
+    pictures = stage.output / "samples"
+    if world.main:
+        fresh_folder(pictures)
+    world.wait()
     samples, frames, drawn = [], [], 0
     signs: dict[tuple[str, int], tuple[ImageSigns, str]] = {}
     stage.begin("", grid_images(stage.config), unit="images")
     for batch in draw_grid(policy, records, stage.config, samples=settings.images_per_prompt, batch=settings.batch,
-                           seed=settings.seed, control_samples=settings.control_images):
+                           seed=settings.seed, control_samples=settings.control_images, world=world):
         paths = save_samples(batch, pictures, shown)
         frame = verdict_rows(batch.images, [record for record, _ in batch.rows], batch.texts,
                              samples=[sample for _, sample in batch.rows], cfg=batch.cfg, cell=batch.cell, paths=paths)
@@ -115,15 +124,24 @@ def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[Promp
         if (batch.cfg, batch.cell) == HEADLINE:
             signs |= {(record.id, sample): (describe_images(batch.images[i:i + 1]), batch.texts[i])
                       for i, (record, sample) in enumerate(batch.rows)}
-        drawn += len(batch.rows)
+        drawn += len(batch.rows) * world.size  # the others are about as far
         if stage.progress is not None:
-            stage.progress.step(drawn, exact=float(frame["exact"].mean()))
+            stage.progress.step(min(drawn, stage.progress.total), exact=float(frame["exact"].mean()))
+    losses = plan_losses(policy, world.share(records), seed=settings.seed, batch=settings.batch)
+    parts = world.gather((samples, frames, signs, losses))
+    if not world.main:
+        return {}
+    for more_samples, more_frames, more_signs, more_losses in parts[1:]:
+        samples += more_samples
+        frames += more_frames
+        signs |= more_signs
+        losses |= more_losses
     (pictures / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     verdicts = join_verdicts(frames)
     write_verdicts(verdicts, stage.output / "verdicts.parquet")
     outcomes = count_outcomes(verdicts)
     write_outcomes(outcomes, stage.output / "outcomes.csv")
-    table = understanding_table(outcomes, plan_losses(policy, records, seed=settings.seed, batch=settings.batch))
+    table = understanding_table(outcomes, losses)
     write_understanding(table, stage.output / "understanding.csv")
     seen = [signs[record.id, sample] for record in records for sample in range(settings.images_per_prompt)]
     watched = standing(join_signs(part for part, _ in seen), [text for _, text in seen], samples=settings.images_per_prompt)

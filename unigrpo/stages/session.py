@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 
 from unigrpo.config import Config, load_config
+from unigrpo.distributed import ALONE, World, join, leave
 from unigrpo.evaluation.outcomes import significant, write_metrics
 from unigrpo.progress import Progress
-from unigrpo.resume import resume_folder
-from unigrpo.tracking import Tracker, track
+from unigrpo.resume import resume_folder, resume_path
+from unigrpo.stages import SHARED
+from unigrpo.tracking import SilentTracker, Tracker, track
 
 ENLARGE = 4  # a 32-pixel picture is shown at 128 pixels
 
@@ -34,6 +36,7 @@ class Session:
     Args:
         config: checked. output: the folder the stage writes into. folder: its resume folder, outside DVC's outputs.
         tracker, progress: where what happens is told.
+        world: the processes that share the stage. All of them keep the curves; the main one alone writes and speaks.
         curves: rows of curves.csv so far. gallery: rows of gallery.json so far.
     """
 
@@ -45,10 +48,12 @@ class Session:
     curves: list[dict[str, float]] = field(default_factory=list)
     gallery: list[dict[str, Any]] = field(default_factory=list)
     progress: Progress | None = None
+    world: World = ALONE
 
     def begin(self, what: str, total: int, start: int = 0, unit: str = "steps") -> None:
         """Show progress towards `total` steps, or whatever `unit` says."""
-        self.progress = Progress(f"{self.name} {what}".strip(), total, start=start, unit=unit)
+        if self.world.main:
+            self.progress = Progress(f"{self.name} {what}".strip(), total, start=start, unit=unit)
 
     def log(self, step: int, metrics: Mapping[str, float], **shown: float | str) -> None:
         """Keep a row of the curves and tell the tracker. Values are what the curves hold: 6 significant digits."""
@@ -72,6 +77,8 @@ class Session:
         Args:
             images: (N, H, W, 3) float32 in [0, 1].
         """
+        if not self.world.main:
+            return
         pictures = self.folder / "gallery"
         pictures.mkdir(exist_ok=True)
         for image, row in zip(images, rows, strict=True):
@@ -81,6 +88,9 @@ class Session:
 
     def write(self, summary: Mapping[str, float]) -> dict[str, float]:
         """Write curves.csv, gallery/ (where there is one) and training.json, and log them as artifacts."""
+        metrics = {name: significant(float(value)) for name, value in summary.items()}
+        if not self.world.main:
+            return metrics
         frame = pd.DataFrame(self.curves)
         frame.to_csv(self.output / "curves.csv", index=False, lineterminator="\n", float_format="%.6g")
         if self.gallery:
@@ -88,7 +98,6 @@ class Session:
             shutil.copytree(self.folder / "gallery", self.output / "gallery")
             (self.output / "gallery" / "gallery.json").write_text(json.dumps(self.gallery, indent=1) + "\n", encoding="utf-8")
             self.tracker.log_artifacts(self.output / "gallery", "gallery")
-        metrics = {name: significant(float(value)) for name, value in summary.items()}
         write_metrics(metrics, self.output / "training.json")
         self.tracker.log_artifacts(self.output / "curves.csv")
         self.tracker.log_artifacts(self.output / "training.json")
@@ -106,15 +115,50 @@ def session(stage: str, name: str, *, scale: str, output: str, inputs: Sequence[
     """
     config = load_config(scale, run=run, seed=seed or 0, root=root)
     torch.set_num_threads(config.compute.threads)
-    folder = writable(root / output)
-    values = config.model_dump(mode="json")
-    with resume_folder(root, stage, name, values, inputs) as resume, \
-            track(stage, name, values, provenance, root, resume) as tracker:
+    world = join(config.compute.processes, config.compute.device) if stage in SHARED else ALONE
+    folder, values = writable(root / output) if world.main else root / output, config.model_dump(mode="json")
+    with together(world), held(world, root, stage, name, values, inputs) as resume, \
+            told(world, stage, name, values, provenance, root, resume) as tracker:
         try:
-            yield Session(config, folder, resume, tracker, f"{stage} {name}")
+            yield Session(config, folder, resume, tracker, f"{stage} {name}", world=world)
         except KeyboardInterrupt:
-            print(f"{stage} {name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
+            if world.main:
+                print(f"{stage} {name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
             raise
+
+
+@contextmanager
+def together(world: World) -> Iterator[None]:
+    """Ends the processes' connection when the block has ended well; after an error there is nothing left to wait for."""
+    yield
+    if world.size > 1:
+        world.wait()
+        leave()
+
+
+@contextmanager
+def held(world: World, root: Path, stage: str, name: str, values: Mapping[str, Any], inputs: Sequence[str]) -> Iterator[Path]:
+    """The resume folder: the main process holds its lock and removes it in the end, the others read in it."""
+    if world.main:
+        with resume_folder(root, stage, name, values, inputs) as folder:
+            world.wait()
+            yield folder
+            world.wait()
+        return
+    world.wait()
+    yield resume_path(root, stage, name, values, inputs)
+    world.wait()
+
+
+@contextmanager
+def told(world: World, stage: str, name: str, values: Mapping[str, Any], provenance: Mapping[str, str] | None, root: Path,
+         resume: Path) -> Iterator[Tracker]:
+    """The main process's tracker; the others' says nothing."""
+    if world.main:
+        with track(stage, name, values, provenance, root, resume) as tracker:
+            yield tracker
+    else:
+        yield SilentTracker()
 
 
 def writable(folder: Path) -> Path:

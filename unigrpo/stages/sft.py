@@ -57,7 +57,8 @@ def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | N
                              f"more than sft.drift.max_image_loss_ratio={limit:g} times; lower sft.muon_lr, sft.adam_lr or "
                              f"sft.steps in params/scales/{scale}.yaml")
         policy.model.to(dtype)  # type: ignore[arg-type]
-        save_policy(stage.output / "checkpoint", policy, origin=root / base)
+        if stage.world.main:
+            save_policy(stage.output / "checkpoint", policy, origin=root / base)
         return stage.write({**summary(stage, policy, config.sft), "drift/image_loss_before": before,
                             "drift/image_loss_after": after, "drift/image_loss_ratio": after / before,
                             **facts})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,11 +56,12 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
             policy.model.activation_checkpointing_enable()
         train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, rewards), config,
               draw=partial(generator, config.seed), log=partial(record, stage, policy, lookout),
-              save=partial(save, stage, policy, optimizer, sentinel), start_step=start)
+              save=partial(save, stage, policy, optimizer, sentinel), start_step=start, world=stage.world)
         policy.model.eval()
-        save_policy(stage.output / "checkpoint", policy, origin=root / sft)
-        if not sentinel.alarms:  # the run's own checkpoint is the good one
-            shutil.rmtree(lookout.good, ignore_errors=True)
+        if stage.world.main:
+            save_policy(stage.output / "checkpoint", policy, origin=root / sft)
+            if not sentinel.alarms:  # the run's own checkpoint is the good one
+                shutil.rmtree(lookout.good, ignore_errors=True)
         return stage.write(summary(stage, policy, sentinel))
 
 
@@ -109,7 +111,7 @@ def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer
 def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, sentinel: Sentinel, step: int) -> None:
     """Save the training state every train.checkpoint_every steps, and at the end."""
     settings = stage.config.train
-    if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps:
+    if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps):
         save_training_state(stage.folder, step + 1, trained_part(policy), [optimizer],
                             {**stage.state(), "sentinel": sentinel.state(),
                              "reference": weights_digest(policy.reference_weights)},
@@ -129,7 +131,7 @@ def rewards_of(policy: BagelPolicy, rewards: Mapping[str, RewardFunction], rollo
 
 
 def record(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int, metrics: dict[str, float],
-           rollouts: Rollouts) -> None:
+           rollouts: Rollouts, rewards: Sequence[Reward]) -> None:
     """Log a step; probe the policy and keep pictures where their turn has come.
 
     Raises: ValueError where the sentinel raises an alarm and train.sentinel.stop is set.
@@ -141,12 +143,12 @@ def record(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int, met
         probed, alarm = probe(stage, policy, lookout, step, metrics)
         metrics = metrics | probed
     if step % settings.gallery_every == 0 or last:
-        add_pictures(stage, policy, lookout.rewards, step, rollouts)
+        add_pictures(stage, policy, rewards[0], step, rollouts)
     decay = metrics.get("optim/lr_factor", 1.0) if stage.config.objective.image.regularizer_decay else 1.0
     ratio = metrics.get("image/penalty_gradient_ratio", 1.0) / max(decay, 1e-30)  # a weight that decays is meant to get small
     if step > settings.num_steps // 2 and ratio < INERT_PENALTY:
         metrics = metrics | {"image/penalty_inert": 1.0}
-        if not any("image/penalty_inert" in row for row in stage.curves):
+        if stage.world.main and not any("image/penalty_inert" in row for row in stage.curves):
             print(f"{stage.name}: the penalty's gradient is {ratio:.1%} of the policy's; raise "
                   "objective.image.regularizer_weight, or call the run unregularised", file=sys.stderr, flush=True)
     shown = {"probe_exact": metrics["probe/exact"]} if "probe/exact" in metrics else {}
@@ -160,29 +162,33 @@ def probe(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int,
           metrics: Mapping[str, float]) -> tuple[dict[str, float], str]:
     """Look at the policy; say an alarm on stderr and tag the run with it. Returns metrics, and the alarms in words."""
     sentinel = lookout.sentinel
-    seen = look(policy, lookout.prompts, stage.config, samples=PROBE_SAMPLES, seed=PROBE_SEED, rewards=lookout.rewards)
+    seen = look(policy, lookout.prompts, stage.config, samples=PROBE_SAMPLES, seed=PROBE_SEED, rewards=lookout.rewards,
+                world=stage.world)
     found, alarms = watch(seen, sentinel, step, [*since_last_probe(stage.curves), metrics], lookout.rewards)
-    if stage.config.train.sentinel.keep_good and sentinel.good == step:
+    if stage.world.main and stage.config.train.sentinel.keep_good and sentinel.good == step:
         keep_good(lookout.good, policy, step)
     if not alarms:
         return found, ""
     kept = f"; the weights of step {sentinel.good} are kept in {lookout.good}" if stage.config.train.sentinel.keep_good else ""
     words = "; ".join(alarm.sentence() for alarm in alarms) + kept
-    print(f"{stage.name}: ALARM, {words}", file=sys.stderr, flush=True)
+    if stage.world.main:
+        print(f"{stage.name}: ALARM, {words}", file=sys.stderr, flush=True)
     stage.tracker.set_tags({"sentinel.alarm": ",".join(alarm.guard for alarm in sentinel.alarms),
                             "sentinel.good_step": str(sentinel.good)})
     return found, words
 
 
-def add_pictures(stage: Session, policy: BagelPolicy, rewards: Mapping[str, RewardFunction], step: int,
-                 rollouts: Rollouts) -> None:
-    """The first rollout of every prompt into the gallery, with its reward (the first of the run's)."""
+def add_pictures(stage: Session, policy: BagelPolicy, reward: Reward, step: int, rollouts: Rollouts) -> None:
+    """The first rollout of every prompt of the main process into the gallery, with its reward, None where that is missing."""
+    if not stage.world.main:
+        return
     rows = torch.arange(0, len(rollouts), rollouts.group_size)
     images, texts = policy.decode(rollouts.image.final_latents[rows]), policy.thinking_texts(rollouts.select(rows))
-    scores = rewards_of(policy, rewards, rollouts.select(rows))[0]
+    scores = reward.value[rows].tolist()
     stage.add_pictures(images, [
-        {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text, "reward": round(float(score), 4)}
-        for i, text, score in zip(rows, texts, scores.value, strict=True)])
+        {"step": step, "prompt": rollouts.prompts[int(i)].prompt, "thinking": text,
+         "reward": None if math.isnan(score) else round(score, 4)}
+        for i, text, score in zip(rows, texts, scores, strict=True)])
 
 
 def summary(stage: Session, policy: BagelPolicy, sentinel: Sentinel) -> dict[str, float]:

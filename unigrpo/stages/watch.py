@@ -10,11 +10,13 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from unigrpo.config import Config
+from unigrpo.distributed import ALONE, World
 from unigrpo.evaluate import draw_grid
 from unigrpo.evaluation.guards import (
     Estimate,
@@ -78,16 +80,18 @@ def reward_functions(config: Config) -> dict[str, RewardFunction]:
 
 
 def look(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *, samples: int, seed: int,
-         rewards: Mapping[str, RewardFunction] | None = None) -> Look:
+         rewards: Mapping[str, RewardFunction] | None = None, world: World = ALONE) -> Look:
     """Draw the headline cell for some prompts, always with the same noise, and judge it.
 
     Args:
         rewards: by name, every one of config.reward.weights; made from config by default.
+        world: processes that share the prompts; all of them see everything.
     """
     functions = reward_functions(config) if rewards is None else rewards
     policy.model.eval()
     frames, signs, texts, scores = [], [], [], []
-    for batch in draw_grid(policy, prompts, config, [HEADLINE], samples=samples, batch=config.evaluate.batch, seed=seed):
+    for batch in draw_grid(policy, world.share(prompts), config, [HEADLINE], samples=samples, batch=config.evaluate.batch,
+                           seed=seed):
         records = [record for record, _ in batch.rows]
         if are_shapes(batch.images, records):
             frames.append(verdict_rows(batch.images, records, batch.texts, samples=[i for _, i in batch.rows], cfg=batch.cfg,
@@ -98,9 +102,15 @@ def look(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *
                   for reward in function(batch.images, records, batch.texts)}
         scores.append(sum(weight * values[name].double().numpy() for name, weight in config.reward.weights.items() if weight))
     policy.model.train()
+    frames, signs, texts, scores = (join_lists(world.gather(part)) for part in (frames, signs, texts, scores))
     whole = len(frames) == len(signs)  # a few pictures that can be judged would be another set of prompts
     return Look(pd.concat(frames, ignore_index=True) if whole else None, join_signs(signs), texts,
                 np.concatenate(scores).reshape(-1, samples))
+
+
+def join_lists(parts: Sequence[list[Any]]) -> list[Any]:
+    """Lists in a row."""
+    return [item for part in parts for item in part]
 
 
 def guards_of(seen: Look, sentinel: Sentinel, curves: Sequence[Mapping[str, float]],

@@ -1,0 +1,137 @@
+"""Processes that work on one stage together. Every process runs the same code on its share of the rows; sums join them.
+
+Draws are keyed by what they are for and normalisers count all rows, so the number of processes moves no draw and numbers by
+rounding alone. All weights are on every process, and gradients are added up before the optimizer steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+BUCKET = 64 * 1024 * 1024  # gradient elements that are added up at a time, which bounds the memory of their copy
+PATIENCE = timedelta(minutes=30)  # that a process waits for the others; a judge's answer may take long
+
+
+@dataclass(frozen=True)
+class World:
+    """A process among the processes of its stage.
+
+    Args:
+        rank: in [0, size). size: how many there are. device: where values travel.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def main(self) -> bool:
+        """True in the process that writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's contiguous part: the parts in the order of ranks are all items, and differ by one in length."""
+        edges = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return items[edges[0]:edges[1]]
+
+    def share_rows(self, rows: Tensor) -> Tensor:
+        """This process's part of what `gather_rows` put together."""
+        return rows.chunk(self.size)[self.rank]
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value summed over the processes; all of them give the same names."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value's maximum over the processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """(B, ...) of every process, concatenated in the order of ranks: (size * B, ...)."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows, device=self.device) for _ in range(self.size)]
+        dist.all_gather(parts, rows.to(self.device).contiguous())
+        return torch.cat(parts).to(rows.device)
+
+    def gather(self, value: T) -> list[T]:
+        """Any value of every process, in the order of ranks. It travels between processes of this stage only."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by the sum over the processes; one that is missing counts as 0."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            full = sum(g.numel() for g in bucket) + parameter.numel() > BUCKET
+            if bucket and (full or bucket[0].dtype != parameter.grad.dtype):
+                _sum_bucket(bucket)
+                bucket = []
+            bucket.append(parameter.grad)
+        if bucket:
+            _sum_bucket(bucket)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def _reduce(self, values: Mapping[str, float], how: Any) -> dict[str, float]:
+        if self.size == 1:
+            return dict(values)
+        names = sorted(values)
+        flat = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self.device)
+        dist.all_reduce(flat, op=how)
+        return dict(zip(names, flat.tolist(), strict=True))
+
+
+ALONE = World()
+
+
+def _sum_bucket(gradients: Sequence[Tensor]) -> None:
+    """Add up some gradients of one type in one message."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def join(processes: int, device: str) -> World:
+    """This process's place among those that torch.distributed.run started, or alone.
+
+    Args:
+        processes: compute.processes, what params ask for. device: compute.device.
+    Raises: ValueError where another number was started.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != processes:
+        raise ValueError(f"compute.processes={processes} and {started} were started; the number is part of exactness: start "
+                         f"{processes} (python -m torch.distributed.run --nproc-per-node), or change the key in params")
+    if processes == 1:
+        return ALONE
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
+    return World(state.process_index, state.num_processes, str(state.device))
+
+
+def leave() -> None:
+    """End what `join` began."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

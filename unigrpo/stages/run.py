@@ -1,0 +1,44 @@
+"""One process of a stage: `python -m unigrpo.stages.run <stage> <name>`, started by torch.distributed.run or like it.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m unigrpo.stages.run train tiny-unigrpo-0
+
+A user's mistake ends as one line and status 2, Ctrl-C as status 130. UNIGRPO_PROVENANCE in the environment is a JSON object of
+what the launcher knows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+PROVENANCE = "UNIGRPO_PROVENANCE"
+
+
+def main(arguments: list[str]) -> int:
+    """The command line. Returns the exit status."""
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    if sys.platform == "linux":  # a killed agent leaves no trainer behind; 1 = PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+    from unigrpo.stages import run_stage
+
+    root = Path(os.environ.get("UNIGRPO_ROOT") or ".")
+    try:
+        run_stage(arguments[0], arguments[1], root, json.loads(os.environ.get(PROVENANCE) or "{}"))
+    except ValueError as error:
+        if os.environ.get("UNIGRPO_TRACEBACK"):
+            raise
+        print(f"{' '.join(arguments)}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
