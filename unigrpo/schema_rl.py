@@ -118,6 +118,13 @@ class ObjectiveConfig(Section):
     text: TextObjective
     image: ImageObjective
 
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Something is learnt from the reward."""
+        if not self.text.weight and not self.image.weight:
+            raise ValueError("one of text.weight and image.weight must be above 0, got 0 and 0: nothing would be trained")
+        return self
+
 
 class OptimConfig(Section):
     """AdamW over the trained experts."""
@@ -178,6 +185,7 @@ class SentinelConfig(Section):
 class TrainConfig(Section):
     """The RL loop."""
 
+    method: Literal["unigrpo", "sft"]
     num_steps: Positive
     updates_per_rollout: Positive
     micro_batch: Positive

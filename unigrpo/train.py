@@ -16,7 +16,7 @@ from unigrpo.credit import assign_credit
 from unigrpo.mismatch import check_rollouts, mismatch_metrics
 from unigrpo.policy import Draw, UnifiedPolicy
 from unigrpo.types import PromptRecord, Reward, Rollouts
-from unigrpo.update import anchor, minibatches, objective, optimizer_step, schedule_factor, update_rows
+from unigrpo.update import anchor, minibatches, objective, optimizer_step, schedule_factor, trains_images, update_rows
 
 RewardFunction = Callable[[Rollouts], Sequence[Reward]]
 
@@ -47,7 +47,9 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
                              f"reward.max_missing={config.reward.max_missing:.0%}: look at the reward's own log")
         rows = update_rows(rollouts, updates, draw("updates", step))
         monitored = step % config.train.monitor_every == 0 or config.objective.image.regularizer != "none"
-        rollouts = anchor(policy, rollouts, rows, config, reference=monitored or config.objective.text.kl_weight > 0)
+        images = monitored or trains_images(config)
+        rollouts = anchor(policy, rollouts, rows, config, reference=monitored or config.objective.text.kl_weight > 0,
+                          images=images)
         metrics |= mismatch_metrics(rollouts, config)
         if step == start_step:
             check_rollouts(rollouts, config, policy)
@@ -56,14 +58,15 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
             decay = factor if config.objective.image.regularizer_decay else 1.0
             sums: dict[str, float] = {}
             for batch in minibatch.micro_batches():                                       # carries its slice of the weights
-                replay = policy.replay(batch.rollouts)                                    # one packed forward
-                loss, parts = objective(replay, batch, config, decay=decay,
+                replay = policy.replay(batch.rollouts, velocities=images)                 # one packed forward
+                loss, parts = objective(replay, batch, config, decay=decay, images=images,
                                         measure_gradients=step % config.train.monitor_every == 0)
                 loss.backward()
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             # Not "< 1e-12": a NaN is the optimizer step's to refuse and count.
-            assert update > 0 or not sums["text/ratio_variation"] + sums["image/ratio_variation"] >= 1e-12, "ratio is not 1"
+            variation = sums["text/ratio_variation"] + sums.get("image/ratio_variation", 0.0)
+            assert update > 0 or not variation >= 1e-12, "ratio is not 1"
             stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip)
             skipped += int(stats["optim/skipped"])
             metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
@@ -94,7 +97,8 @@ def describe(rollouts: Rollouts, config: Config) -> dict[str, float]:
     limit = config.rollout.max_thinking_tokens
     last = rollouts.text.tokens.gather(1, (lengths - 1)[:, None])[:, 0]
     stopped = last == last.new_tensor(rollouts.stop_token)
-    return {"cost/reference_passes": float(rollouts.image.ref_velocities is not None),
+    return {"cost/reference_passes": float(rollouts.text.ref_log_probs is not None),
+            "cost/image_replays": float(rollouts.image.old_means is not None),
             "thinking/length": lengths.float().mean().item(), "thinking/length_max": float(lengths.max()),
             "thinking/truncated": ((lengths == limit) & ~stopped).float().mean().item(),
             "cost/prompt_tokens": float(rollouts.prompt_lengths.sum()),
