@@ -195,7 +195,7 @@ LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_model", 
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
               "adapters", "masters", "roofline", "footprint", "sampling", "images", "interchange", "checks"},
           4: {"progress", "resume", "tracking", "stages.*", "plan", "probe", "generate"},
-          5: {"experiment", "closure", "commands", "cli", "__main__"}}
+          5: {"arms", "experiment", "closure", "commands", "cli", "__main__"}}
 
 
 def level(module: str) -> int:

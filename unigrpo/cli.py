@@ -37,6 +37,13 @@ def names_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def arms_command(args: argparse.Namespace) -> int:
+    """Bring every arm up to date, some at a time."""
+    from unigrpo.arms import run_experiments
+
+    return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only) else 0
+
+
 def store_command(args: argparse.Namespace) -> int:
     """Make MLflow's database, or bring it to the installed version."""
     from unigrpo.tracking import prepare_store
@@ -93,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
     names.add_argument("--stage", choices=["train", "evaluate"], required=True)
     names.add_argument("--scale", default="tiny")
     names.set_defaults(function=names_command)
+    arms = actions.add_parser("run", help="bring every training and evaluation of a scale up to date, some at a time")
+    arms.add_argument("--scale", default="tiny")
+    arms.add_argument("--jobs", type=int, help="arms at a time; at most, and by default, compute.slots")
+    arms.add_argument("--only", nargs="+", metavar="NAME", help="arms such as tiny-unigrpo-0")
+    arms.set_defaults(function=arms_command)
     writes = actions.add_parser("write", help="sets of runs x seeds into params/ and dvc.yaml")
     writes.add_argument("--scale", nargs="+", required=True, help="files of params/scales/")
     writes.add_argument("--set", nargs="+", help="entries of params/sets.yaml; all of them by default")

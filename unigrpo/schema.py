@@ -175,6 +175,7 @@ class ComputeConfig(Section):
     and the device, by rounding."""
 
     threads: Positive
+    slots: Positive
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
 
