@@ -1,5 +1,5 @@
 # make repro        the main job: curate, base, sft, train, evaluate, report; ends with a results table
-# make experiments  everything that params/experiment.yaml lists (JOBS=2: two arms at a time)
+# make experiments  everything that params/experiment.yaml lists (JOBS=2: two arms at a time; compute.slots by default)
 # make test         no network, no GPU, minutes;  make test-slow: full sizes;  make check: ruff and types
 # make ui           MLflow's pages;  make lock-status: what is stale;  make clean: caches and logs, never results
 #
@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 SCALE ?= tiny
-JOBS ?= 1
+JOBS ?=
 PORT ?= 5000
 
 SHELL := /bin/bash
@@ -59,9 +59,7 @@ repro: store
 	@.venv/bin/unigrpo report --scale $(SCALE)
 
 experiments: repro
-	@for stage in train evaluate; do \
-	  .venv/bin/unigrpo experiment names --scale $(SCALE) --stage $$stage | xargs -P $(JOBS) -I NAME $(DVC) repro -s NAME; \
-	done
+	@.venv/bin/unigrpo experiment run --scale $(SCALE) $(if $(JOBS),--jobs $(JOBS))
 	@$(DVC) repro
 	@.venv/bin/unigrpo report --scale $(SCALE) --which experiments
 

@@ -33,7 +33,8 @@ def steps_config(micro_batch: int) -> Config:
     return small_config(rollout={"max_thinking_tokens": 8, "prompts_per_step": 4, "group_size": 4},
                         train={"num_steps": STEPS, "micro_batch": micro_batch, "monitor_every": 2, "updates_per_rollout": 2},
                         optim={"understanding_lr": 5e-4, "generation_lr": 4e-4, "warmup": 0, "eps": 1e-5},
-                        credit={"std": "batch"}, reward={"max_missing": 1.0}, sft={"steps": STEPS, "texts_per_step": 8, "micro_batch": micro_batch})
+                        credit={"std": "batch"}, reward={"max_missing": 1.0},
+                        sft={"steps": STEPS, "texts_per_step": 8, "micro_batch": micro_batch})
 
 
 def brightness(rollouts: Rollouts) -> list[Reward]:

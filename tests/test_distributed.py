@@ -99,7 +99,7 @@ def test_sizes_that_cannot_be_shared_are_refused_with_the_nearest_valid_ones() -
 
 def test_another_number_of_processes_than_params_ask_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="compute.processes=2 and 4 were started"):
+    with pytest.raises(ValueError, match=r"compute\.processes=2 and 4 were started"):
         join(2, "cpu")
 
 

@@ -15,7 +15,7 @@ import yaml
 from flow_scripts import ROOT, load
 
 from unigrpo.closure import closure, imports, stage_files
-from unigrpo.config import load_config
+from unigrpo.config import load_config, read_yaml
 from unigrpo.digests import RECORDERS
 from unigrpo.experiment import (
     evaluation_scorers,
@@ -25,7 +25,7 @@ from unigrpo.experiment import (
     replace_list,
     training_scorers,
     words,
-    written_arguments,
+    written_request,
 )
 from unigrpo.stages import STAGES, parse_name, read_experiment, report_inputs
 
@@ -45,8 +45,9 @@ def launch():
     ("base", "smoke", {"scale": "smoke"}, "artifacts/smoke/base"),
     ("sft", "tiny", {"scale": "tiny"}, "artifacts/tiny/sft"),
     ("train", "tiny-unigrpo-1", {"scale": "tiny", "run": "unigrpo", "seed": 1}, "artifacts/tiny/unigrpo/1"),
-    ("evaluate", "tiny-sft", {"scale": "tiny", "checkpoint": "sft"}, "artifacts/tiny/sft"),
-    ("evaluate", "tiny-unigrpo-0", {"scale": "tiny", "checkpoint": "unigrpo/0"}, "artifacts/tiny/unigrpo/0"),
+    ("evaluate", "tiny-sft", {"scale": "tiny", "checkpoint": "sft", "cells": "all"}, "artifacts/tiny/sft"),
+    ("evaluate", "tiny-unigrpo-0", {"scale": "tiny", "checkpoint": "unigrpo/0", "cells": "all"}, "artifacts/tiny/unigrpo/0"),
+    ("evaluate", "tiny-short-0", {"scale": "tiny", "checkpoint": "short/0", "cells": "headline"}, "artifacts/tiny/short/0"),
     ("report", "tiny-main", {"scale": "tiny", "which": "main"}, "artifacts/tiny/report"),
     ("report", "tiny-experiments", {"scale": "tiny", "which": "experiments"}, "artifacts/tiny/experiments"),
 ])
@@ -67,18 +68,17 @@ def test_an_unknown_name_lists_the_choices(stage, name, wanted):
 # ------------------------------------------------------------------------------------------------------------ the graph
 
 def test_experiment_yaml_is_what_the_command_writes():
-    experiment = read_experiment(ROOT)
-    arguments = written_arguments(experiment)
-    assert experiment == expand(ROOT, *arguments)
-    assert (ROOT / "params" / "experiment.yaml").read_text() == render(ROOT, *arguments)
-    runs = yaml.safe_load((ROOT / "params" / "runs.yaml").read_text())
-    assert set(arguments[1]) <= set(runs)
+    text = (ROOT / "params" / "experiment.yaml").read_text()
+    request = written_request(ROOT, text)
+    assert read_experiment(ROOT) == expand(ROOT, request)
+    assert text == render(ROOT, request)
+    assert {run for part in request.sets for run in part.runs} <= set(read_yaml(ROOT / "params" / "runs.yaml"))
 
 
 def test_dvc_yaml_lists_what_the_command_writes():
-    _, runs, seeds = written_arguments(read_experiment(ROOT))
+    request = written_request(ROOT, (ROOT / "params" / "experiment.yaml").read_text())
     text = (ROOT / "dvc.yaml").read_text()
-    assert render_graph(ROOT, text, runs, seeds) == text, "dvc.yaml is behind: run `unigrpo experiment write`, see its header"
+    assert render_graph(ROOT, text, request) == text, "dvc.yaml is behind: run `unigrpo experiment write`, see its header"
 
 
 def with_rewards(**weights):
@@ -91,7 +91,9 @@ def test_scorers_that_params_name_are_tracked_by_digest():
     shapes = load_config("smoke", root=ROOT)
     assert evaluation_scorers(ROOT, shapes) == training_scorers(ROOT, shapes) == "none"
     assert {item["scorers"] for part in ("trainings", "evaluations") for item in read_experiment(ROOT)[part].values()
-            if item["scale"] == "tiny"} == {"none"}
+            if item["scale"] == "tiny" and item.get("run") != "sft_longer"} == {"none"}
+    longer = load_config("smoke", run="sft_longer", root=ROOT)
+    assert re.fullmatch("[0-9a-f]{16}", training_scorers(ROOT, longer))
     both = shapes.model_copy(update={"evaluate": shapes.evaluate.model_copy(update={"benchmarks": ("shapes", "geneval")})})
     digest = evaluation_scorers(ROOT, both)
     assert re.fullmatch("[0-9a-f]{16}", digest)
@@ -186,14 +188,14 @@ def test_no_out_is_left_out_of_the_cache():
 
 # -------------------------------------------------------------------------------------------------------------- imports
 
-LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_model", "seeding", "digests",
+LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_model", "schema_rl", "seeding", "digests",
               "stages"},  # `stages`: names only
           1: {"tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
               "adapters", "masters", "roofline", "footprint", "sampling", "images", "interchange", "checks"},
           4: {"progress", "resume", "tracking", "stages.*", "plan", "probe", "generate"},
-          5: {"experiment", "closure", "commands", "cli", "__main__"}}
+          5: {"arms", "experiment", "closure", "commands", "cli", "__main__"}}
 
 
 def level(module: str) -> int:

@@ -29,8 +29,8 @@ def run(policy, optimizer, config, reward, *, start=0, stop_after=None, save=lam
     settings = config if stop_after is None else config.model_copy(
         update={"train": config.train.model_copy(update={"num_steps": stop_after})})
     train(policy, optimizer, lambda step: [prompts[(step * 4 + i) % 8] for i in range(config.rollout.prompts_per_step)], reward,
-          settings, draw=partial(generator, config.seed), log=lambda step, metrics, rollouts, rewards: logged.append(metrics), save=save,
-          start_step=start)
+          settings, draw=partial(generator, config.seed), start_step=start, save=save,
+          log=lambda step, metrics, rollouts, rewards: logged.append(metrics))
     return logged
 
 

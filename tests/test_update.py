@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import draw, sample, small_config, small_policy, small_prompts
+from small import sample, small_config, small_policy, small_prompts
 
 from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.mismatch import MismatchError, check_rollouts, mismatch_metrics

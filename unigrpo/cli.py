@@ -20,13 +20,10 @@ def project_root() -> Path:
 
 def experiment_command(args: argparse.Namespace) -> int:
     """Write params/experiment.yaml and the experiments' inputs in dvc.yaml."""
-    import yaml
-
-    from unigrpo.experiment import write
+    from unigrpo.experiment import make_request, write
 
     root = project_root()
-    runs = args.run or list(yaml.safe_load((root / "params" / "runs.yaml").read_text(encoding="utf-8")))
-    changed = write(root, args.scale, runs, args.seed)
+    changed = write(root, make_request(root, args.scale, sets=args.set, runs=args.run, seeds=args.seed))
     print("\n".join(f"wrote {path.relative_to(root)}" for path in changed) or "nothing to change")
     return 0
 
@@ -38,6 +35,13 @@ def names_command(args: argparse.Namespace) -> int:
     items = read_experiment(project_root())[{"train": "trainings", "evaluate": "evaluations"}[args.stage]]
     print("\n".join(f"{args.stage}@{name}" for name, item in items.items() if item["scale"] == args.scale))
     return 0
+
+
+def arms_command(args: argparse.Namespace) -> int:
+    """Bring every arm up to date, some at a time."""
+    from unigrpo.arms import run_experiments
+
+    return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only) else 0
 
 
 def store_command(args: argparse.Namespace) -> int:
@@ -96,10 +100,16 @@ def parser() -> argparse.ArgumentParser:
     names.add_argument("--stage", choices=["train", "evaluate"], required=True)
     names.add_argument("--scale", default="tiny")
     names.set_defaults(function=names_command)
-    writes = actions.add_parser("write", help="runs x seeds into params/ and dvc.yaml")
+    arms = actions.add_parser("run", help="bring every training and evaluation of a scale up to date, some at a time")
+    arms.add_argument("--scale", default="tiny")
+    arms.add_argument("--jobs", type=int, help="arms at a time; at most, and by default, compute.slots")
+    arms.add_argument("--only", nargs="+", metavar="NAME", help="arms such as tiny-unigrpo-0")
+    arms.set_defaults(function=arms_command)
+    writes = actions.add_parser("write", help="sets of runs x seeds into params/ and dvc.yaml")
     writes.add_argument("--scale", nargs="+", required=True, help="files of params/scales/")
-    writes.add_argument("--run", nargs="+", help="entries of params/runs.yaml; all of them by default")
-    writes.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    writes.add_argument("--set", nargs="+", help="entries of params/sets.yaml; all of them by default")
+    writes.add_argument("--run", nargs="+", help="entries of params/runs.yaml, in place of sets")
+    writes.add_argument("--seed", nargs="+", type=int, help="with --run; 0 1 2 by default")
     writes.set_defaults(function=experiment_command)
 
     stage = commands.add_parser("stage", help="run one stage in this process, without DVC and Metaflow")

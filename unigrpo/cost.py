@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from unigrpo.models.mot import MoTConfig
-from unigrpo.schema import SupervisedConfig
+from unigrpo.schema import Config, SupervisedConfig
 
 
 def layer_parameters(config: MoTConfig) -> int:
@@ -46,7 +46,32 @@ def rollout_flops(config: MoTConfig, *, rollouts: int, prompt_tokens: float, thi
 
 
 def replay_flops(config: MoTConfig, *, rollouts: int, text_tokens: float, thinking_tokens: float, window: int) -> float:
-    """FLOPs of one packed forward over text and window steps; a backward costs twice that."""
-    image = config.grid[0] * config.grid[1] + 2
+    """FLOPs of one packed forward over text and window steps (0: the text alone); a backward costs twice that."""
+    image = config.grid[0] * config.grid[1] + 2 if window else 0
     return forward_flops(config, tokens=rollouts * (text_tokens + window * image), keys=text_tokens + image,
                          head_tokens=rollouts * thinking_tokens)
+
+
+def reinforcement_flops(model: MoTConfig, config: Config, *, rollouts: int, prompts: int, prompt_tokens: float,
+                        thinking_tokens: float, model_calls: int, reference: float, images: float = 1.0,
+                        dropped_tokens: float = 0.0) -> float:
+    """FLOPs of RL: sampling, and for every rollout a replay for the anchors, one with the backward pass, one of the reference.
+
+    Args:
+        prompt_tokens, thinking_tokens, dropped_tokens: a rollout, on average; dropped: of guidance's text-dropped context.
+        model_calls: of all images. reference, images: shares of the steps that replay the reference, and the images.
+    """
+    sampling = rollout_flops(model, rollouts=rollouts, prompt_tokens=prompt_tokens, thinking_tokens=thinking_tokens,
+                             prompts=prompts, model_calls=model_calls)
+    window = config.rollout.window
+    blocks = window.range[1] - window.range[0] if window.kind == "all" else window.size
+    text_tokens = prompt_tokens + thinking_tokens + 1
+    text = replay_flops(model, rollouts=rollouts, text_tokens=text_tokens, thinking_tokens=thinking_tokens, window=0)
+    whole = replay_flops(model, rollouts=rollouts, text_tokens=text_tokens, thinking_tokens=thinking_tokens, window=blocks)
+    if config.rollout.guidance_scale > 1:
+        whole += replay_flops(model, rollouts=rollouts, text_tokens=dropped_tokens, thinking_tokens=0.0, window=blocks)
+    replay = images * whole + (1 - images) * text
+    # What is frozen needs no backward pass: the text where its experts are, the images where the loss has none.
+    image_loss = config.objective.image.weight > 0 or config.objective.image.regularizer != "none"
+    trained = (whole if image_loss else text) - (0.0 if "understanding" in config.train.experts else text)
+    return sampling + (1 + reference + 1) * replay + 2 * trained

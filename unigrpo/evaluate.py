@@ -29,6 +29,8 @@ from unigrpo.types import PromptRecord
 GRID = (("off", "on"), ("off", "off"), ("off", "shuffled"), ("off", "truncated"), ("off", "greedy"),
         ("on", "on"), ("on", "off"), ("on", "shuffled"))
 """(guidance, thinking) of every cell; the first is the headline cell."""
+GRIDS = {"all": GRID, "headline": (HEADLINE,)}
+"""What `cells` of an evaluation in params/experiment.yaml may say."""
 
 
 def cell_images(config: Config, cell: tuple[str, str]) -> int:
@@ -37,9 +39,9 @@ def cell_images(config: Config, cell: tuple[str, str]) -> int:
     return settings.images_per_prompt if cell == HEADLINE else settings.control_images or settings.images_per_prompt
 
 
-def grid_images(config: Config) -> int:
-    """Images of a checkpoint's whole grid."""
-    return config.evaluate.prompts * sum(cell_images(config, cell) for cell in GRID)
+def grid_images(config: Config, grid: Sequence[tuple[str, str]] = GRID) -> int:
+    """Images of a checkpoint in some cells, by default in all."""
+    return config.evaluate.prompts * sum(cell_images(config, cell) for cell in grid)
 
 
 @dataclass(frozen=True)

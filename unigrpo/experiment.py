@@ -1,4 +1,4 @@
-"""The list of trainings and evaluations that dvc.yaml expands, written from runs x seeds.
+"""The list of trainings and evaluations that dvc.yaml expands, written from the sets of params/sets.yaml.
 
 A foreach over a dict can hold ragged arms where a matrix is a full product. DVC cannot fan in over such a dict, so the
 inputs of the experiments' report are written into dvc.yaml, between two marks, by the same command; and so are the modules
@@ -12,39 +12,120 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from unigrpo.closure import files_digest, module_files, stage_files
-from unigrpo.config import Config, load_config
+from unigrpo.config import Config, load_config, read_yaml
 from unigrpo.schema import SIZED_REWARD
 from unigrpo.schema_benchmarks import SHAPES
-from unigrpo.stages import EXPERIMENT, STAGES, report_inputs
+from unigrpo.stages import CELLS, EXPERIMENT, SETS, STAGES, report_inputs
 
 HEADER = """\
 # The trainings and evaluations that dvc.yaml expands. Written by
 #   unigrpo experiment write {arguments}
-# which also writes the marked lists of dvc.yaml. Edit params/runs.yaml and write again.
+# which also writes the marked lists of dvc.yaml. Edit params/runs.yaml, params/sets.yaml and write again.
 """
 OPEN, CLOSE = "# >>> unigrpo experiment write: ", "# <<<"
 
 
-def expand(root: Path, scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """The content of params/experiment.yaml: every run at every seed, and an evaluation of every checkpoint."""
+@dataclass(frozen=True)
+class RunSet:
+    """Runs that are trained with the same seeds and evaluated in the same cells."""
+
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    cells: str = CELLS[0]
+
+    def arms(self) -> Iterator[tuple[str, int]]:
+        """(run, seed), seed after seed, so that what is compared is there early."""
+        yield from ((run, seed) for seed in self.seeds for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `unigrpo experiment write` was asked for: its arguments, and the sets that they mean."""
+
+    scales: tuple[str, ...]
+    sets: tuple[RunSet, ...]
+    arguments: str
+
+    def arms(self) -> dict[tuple[str, int], str]:
+        """(run, seed) -> cells, every arm where it comes first.
+
+        Raises: ValueError where two sets want an arm evaluated in different cells.
+        """
+        found: dict[tuple[str, int], str] = {}
+        for part in self.sets:
+            for arm in part.arms():
+                if found.setdefault(arm, part.cells) != part.cells:
+                    raise ValueError(f"run {arm[0]} with seed {arm[1]} is in two sets of {SETS} with different cells, "
+                                     f"{found[arm]} and {part.cells}; give them the same")
+        return found
+
+
+def read_sets(root: Path, names: Sequence[str] | None = None) -> tuple[RunSet, ...]:
+    """Sets of params/sets.yaml, all of them or those named, in the file's order. Raises ValueError naming what is wrong."""
+    path = root / SETS
+    content = read_yaml(path)
+    if unknown := sorted(set(names or ()) - set(content)):
+        raise ValueError(f"set must be one of {list(content)}, the entries of {path}, got {unknown}")
+    found = []
+    for name, item in content.items():
+        if not isinstance(item, dict) or set(item) != {"runs", "seeds", "cells"} or item["cells"] not in CELLS:
+            raise ValueError(f"{name} of {path} must hold runs, seeds and cells ({' or '.join(CELLS)}), got {item!r}")
+        if names is None or name in names:
+            found.append(RunSet(tuple(map(str, item["runs"])), tuple(map(int, item["seeds"])), item["cells"]))
+    return tuple(found)
+
+
+def make_request(root: Path, scales: Sequence[str], *, sets: Sequence[str] | None = None, runs: Sequence[str] | None = None,
+                 seeds: Sequence[int] | None = None) -> Request:
+    """What the command line says: sets of params/sets.yaml, all of them by default; or runs x seeds in all cells.
+
+    Raises: ValueError for an unknown scale, set or run, or a seed below 0, listing the choices.
+    """
+    arguments = ["--scale", *scales]
+    if runs is None and seeds is None:
+        parts = read_sets(root, sets)
+        arguments += ["--set", *sets] if sets else []
+    else:
+        if sets:
+            raise ValueError("either --set, or --run with --seed: a set has seeds of its own")
+        known = list(read_yaml(root / "params" / "runs.yaml"))
+        parts = (RunSet(tuple(known if runs is None else runs), tuple((0, 1, 2) if seeds is None else seeds)),)
+        arguments += ["--run", *parts[0].runs, "--seed", *map(str, parts[0].seeds)]
+    known_scales = sorted(path.stem for path in (root / "params" / "scales").glob("*.yaml"))
+    known_runs = sorted(read_yaml(root / "params" / "runs.yaml"))
+    given_runs = [run for part in parts for run in part.runs]
+    for what, given, choices in (("scale", scales, known_scales), ("run", given_runs, known_runs)):
+        if unknown := sorted(set(given) - set(choices)):
+            raise ValueError(f"{what} must be one of {choices}, got {unknown}")
+    for part in parts:
+        if not part.seeds or min(part.seeds) < 0:
+            raise ValueError(f"seeds must be whole numbers from 0, got {list(part.seeds)}")
+    return Request(tuple(scales), parts, " ".join(arguments))
+
+
+def expand(root: Path, request: Request) -> dict[str, Any]:
+    """The content of params/experiment.yaml: every arm, and an evaluation of every checkpoint."""
     trainings, evaluations = {}, {}
-    for scale in scales:
+    for scale in request.scales:
         scorers = evaluation_scorers(root, load_config(scale, root=root))
         for stage in ("base", "sft"):
-            evaluations[f"{scale}-{stage}"] = {"scale": scale, "checkpoint": stage, "scorers": scorers}
-        for run in runs:
-            rewards = training_scorers(root, load_config(scale, run=run, root=root))
-            for seed in seeds:
-                trainings[f"{scale}-{run}-{seed}"] = {"scale": scale, "run": run, "seed": seed, "scorers": rewards}
-                evaluations[f"{scale}-{run}-{seed}"] = {"scale": scale, "checkpoint": f"{run}/{seed}", "scorers": scorers}
-    return {"scales": list(scales), "trainings": trainings, "evaluations": evaluations,
-            "reports": {f"{scale}-main": {"scale": scale} for scale in scales}}
+            evaluations[f"{scale}-{stage}"] = {"scale": scale, "checkpoint": stage, "cells": CELLS[0], "scorers": scorers}
+        rewards: dict[str, str] = {}
+        for (run, seed), cells in request.arms().items():
+            if run not in rewards:
+                rewards[run] = training_scorers(root, load_config(scale, run=run, root=root))
+            name = f"{scale}-{run}-{seed}"
+            trainings[name] = {"scale": scale, "run": run, "seed": seed, "scorers": rewards[run]}
+            evaluations[name] = {"scale": scale, "checkpoint": f"{run}/{seed}", "cells": cells, "scorers": scorers}
+    return {"scales": list(request.scales), "trainings": trainings, "evaluations": evaluations,
+            "reports": {f"{scale}-main": {"scale": scale} for scale in request.scales}}
 
 
 def evaluation_scorers(root: Path, config: Config) -> str:
@@ -55,7 +136,7 @@ def evaluation_scorers(root: Path, config: Config) -> str:
 
 
 def training_scorers(root: Path, config: Config) -> str:
-    """Digest of the rewards that a training reaches by name; "none" where all are built in.
+    """Digest of what a training reaches by name, rewards and supervised training; "none" where all is built in.
 
     Names are looked for in the whole section `reward`, as a mixture names its parts in its options. Of a reward of the user's,
     module:name, the module's file counts where it lies in the project; what it imports and what is installed do not.
@@ -71,6 +152,8 @@ def training_scorers(root: Path, config: Config) -> str:
         elif SPECIFICATION.fullmatch(word):
             path = Path(*word.partition(":")[0].split("."))
             files |= {file.as_posix() for file in (path.with_suffix(".py"), path / "__init__.py") if (root / file).is_file()}
+    if config.train.method == "sft":
+        files |= set(module_files(root, "unigrpo.stages.longer"))
     return files_digest(root, files)
 
 
@@ -82,11 +165,10 @@ def words(value: Any) -> Iterator[str]:
         yield from words(part)
 
 
-def render(root: Path, scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> str:
+def render(root: Path, request: Request) -> str:
     """params/experiment.yaml as text, one item a line."""
-    content = expand(root, scales, runs, seeds)
-    arguments = " ".join(["--scale", *scales, "--run", *runs, "--seed", *map(str, seeds)])
-    lines = [HEADER.format(arguments=arguments), f"scales: {flow_style(content['scales'])}"]
+    content = expand(root, request)
+    lines = [HEADER.format(arguments=request.arguments), f"scales: {flow_style(content['scales'])}"]
     for key in ("trainings", "evaluations", "reports"):
         lines += ["", f"{key}:", *(f"  {name}: {flow_style(item)}" for name, item in content[key].items())]
     return "\n".join(lines) + "\n"
@@ -97,10 +179,9 @@ def flow_style(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 
-def experiments_deps(runs: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def experiments_deps(request: Request) -> list[str]:
     """The inputs of the experiments' report, as dvc.yaml names them."""
-    checkpoints = ["base", "sft", *(f"{run}/{seed}" for run in runs for seed in seeds)]
-    return list(report_inputs("${item}", checkpoints))
+    return list(report_inputs("${item}", ["base", "sft", *(f"{run}/{seed}" for run, seed in request.arms())]))
 
 
 def replace_list(text: str, label: str, items: Sequence[str]) -> str:
@@ -114,37 +195,35 @@ def replace_list(text: str, label: str, items: Sequence[str]) -> str:
     return "\n".join([*lines[:opens[0] + 1], *(f"{indent}- {item}" for item in items), *lines[close:]]) + "\n"
 
 
-def render_graph(root: Path, text: str, runs: Sequence[str], seeds: Sequence[int]) -> str:
+def render_graph(root: Path, text: str, request: Request) -> str:
     """dvc.yaml with all its marked lists as they should be."""
     for stage in STAGES:
         text = replace_list(text, f"code of {stage}", stage_files(root, stage))
     text = replace_list(text, "code of experiments", stage_files(root, "report"))
-    return replace_list(text, "inputs of experiments", experiments_deps(runs, seeds))
+    return replace_list(text, "inputs of experiments", experiments_deps(request))
 
 
-def write(root: Path, scales: Sequence[str], runs: Sequence[str], seeds: Sequence[int]) -> list[Path]:
-    """Write params/experiment.yaml and the marked lines of dvc.yaml. Returns the files that changed.
-
-    Raises: ValueError for an unknown scale or run, or a seed below 0, listing the choices.
-    """
-    known_scales = sorted(path.stem for path in (root / "params" / "scales").glob("*.yaml"))
-    known_runs = sorted(yaml.safe_load((root / "params" / "runs.yaml").read_text(encoding="utf-8")))
-    for what, given, known in (("scale", scales, known_scales), ("run", runs, known_runs)):
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{what} must be one of {known}, got {unknown}")
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"seeds must be whole numbers from 0, got {list(seeds)}")
+def write(root: Path, request: Request) -> list[Path]:
+    """Write params/experiment.yaml and the marked lines of dvc.yaml. Returns the files that changed."""
     dvc_yaml = root / "dvc.yaml"
-    new = {root / EXPERIMENT: render(root, scales, runs, seeds),
-           dvc_yaml: render_graph(root, dvc_yaml.read_text(encoding="utf-8"), runs, seeds)}
+    new = {root / EXPERIMENT: render(root, request),
+           dvc_yaml: render_graph(root, dvc_yaml.read_text(encoding="utf-8"), request)}
     changed = [path for path, text in new.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in changed:
         path.write_text(new[path], encoding="utf-8")
     return changed
 
 
-def written_arguments(experiment: dict[str, Any]) -> tuple[list[str], list[str], list[int]]:
-    """The (scales, runs, seeds) that a params/experiment.yaml was written from."""
-    items = list(experiment["trainings"].values())
-    return (list(experiment["scales"]), list(dict.fromkeys(str(item["run"]) for item in items)),
-            list(dict.fromkeys(int(item["seed"]) for item in items)))
+def written_request(root: Path, text: str) -> Request:
+    """The request in the header of a params/experiment.yaml. Raises ValueError where there is none."""
+    if (found := re.search(r"^#   unigrpo experiment write (.+)$", text, re.MULTILINE)) is None:
+        raise ValueError(f"{EXPERIMENT} must begin with the command that wrote it; `unigrpo experiment write` writes it")
+    words: dict[str, list[str]] = {}
+    for word in found[1].split():
+        if word.startswith("--"):
+            key = word.removeprefix("--")
+            words[key] = []
+        else:
+            words[key].append(word)
+    return make_request(root, words["scale"], sets=words.get("set"), runs=words.get("run"),
+                        seeds=[int(seed) for seed in words["seed"]] if "seed" in words else None)

@@ -23,21 +23,23 @@ class MismatchError(ValueError):
 
 
 def mismatch_metrics(rollouts: Rollouts, config: Config, world: World = ALONE) -> dict[str, float]:
-    """Mean and maximal absolute difference of recorded and replayed log-probs; images in units of their clip.
+    """Mean and maximal absolute difference of recorded and replayed log-probs; of images, if replayed, in units of the clip.
 
     Args:
         rollouts: anchored, this process's. world: over whose rollouts the mean goes.
     """
     text, image = rollouts.text, rollouts.image
     assert text.old_log_probs is not None
-    assert image.old_log_probs is not None
     text_gap = (text.rollout_log_probs - text.old_log_probs).abs()[text.mask]
+    sums = world.sum({"text": float(text_gap.double().sum()), "tokens": float(text_gap.numel())})
+    found = {"mismatch/text": sums["text"] / sums["tokens"], **world.max({"mismatch/text_max": text_gap.max().item()})}
+    if image.old_log_probs is None:
+        return found
     clip = image_clip(config.objective.image.clip_high, image)
     image_gap = (image.rollout_log_probs - image.old_log_probs).abs() / clip
-    sums = world.sum({"text": float(text_gap.double().sum()), "tokens": float(text_gap.numel()),
-                      "image": float(image_gap.double().sum()), "steps": float(image_gap.numel())})
-    return {"mismatch/text": sums["text"] / sums["tokens"], "mismatch/image": sums["image"] / sums["steps"],
-            **world.max({"mismatch/text_max": text_gap.max().item(), "mismatch/image_max": image_gap.max().item()})}
+    sums = world.sum({"image": float(image_gap.double().sum()), "steps": float(image_gap.numel())})
+    return found | {"mismatch/image": sums["image"] / sums["steps"],
+                    **world.max({"mismatch/image_max": image_gap.max().item()})}
 
 
 def check_rollouts(rollouts: Rollouts, config: Config, policy: UnifiedPolicy) -> None:
@@ -53,7 +55,7 @@ def check_rollouts(rollouts: Rollouts, config: Config, policy: UnifiedPolicy) ->
     limits = config.train.max_mismatch
     if not metrics["mismatch/text"] <= limits.text:
         problems.append(_first_differing_token(rollouts, limits.text, metrics["mismatch/text"]))
-    if not metrics["mismatch/image"] <= limits.image:
+    if "mismatch/image" in metrics and not metrics["mismatch/image"] <= limits.image:
         problems.append(f"image log-probs of rollout and replay differ by {metrics['mismatch/image']:.3g} clip widths on "
                         f"average, more than train.max_mismatch.image={limits.image:g}: "
                         + ("the context differs already (see the text)" if metrics["mismatch/text"] > limits.text else

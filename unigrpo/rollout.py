@@ -73,6 +73,11 @@ class BagelPolicy:
         system = [self.system_prompt] if thinking and self.system_prompt else []
         return encode_segments(self.tokenizer, [[*system, text] for text in texts])
 
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of the text-dropped context of a policy that thinks."""
+        return int(encode_segments(self.tokenizer, [[self.system_prompt] if self.system_prompt else []])[1][0])
+
     def dropped_context(self, rows: int, *, thinking: bool = True, room: int) -> Context:
         """The text-dropped context of classifier-free guidance: the system segment alone, or nothing."""
         system = [[self.system_prompt]] if thinking and self.system_prompt else [[]]

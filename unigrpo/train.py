@@ -25,6 +25,7 @@ from unigrpo.update import (
     optimizer_step,
     own_prompts,
     schedule_factor,
+    trains_images,
     update_rows,
 )
 
@@ -60,8 +61,9 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
             raise ValueError(f"{metrics['reward/missing']:.0%} of the rewards of step {step} are missing, more than "
                              f"reward.max_missing={config.reward.max_missing:.0%}: look at the reward's own log")
         rows, monitored = update_rows(rollouts, updates), step % config.train.monitor_every == 0
-        checked = monitored or step == start_step  # else the first update's own replay is its anchor
-        rollouts = anchor(policy, rollouts, rows, config, reference=monitored or penalised(config), first=checked)
+        images, checked = monitored or trains_images(config), monitored or step == start_step
+        rollouts = anchor(policy, rollouts, rows, config, images=images, first=checked,
+                          reference=monitored or penalised(config))
         if compared := rows if monitored else rows[1:]:
             metrics |= mismatch_metrics(rollouts.select(torch.cat(compared)), config, world)
         if step == start_step:
@@ -72,16 +74,17 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
             decay = factor if config.objective.image.regularizer_decay else 1.0
             sums: dict[str, float] = {}
             for batch in minibatch.micro_batches():                                       # carries its slice of the weights
-                replay = policy.replay(batch.rollouts)                                    # one packed forward
-                if update == 0 and not checked:
-                    batch = batch.anchored(replay, config)
-                loss, parts = objective(replay, batch, config, decay=decay, measure_gradients=monitored)
+                replay = policy.replay(batch.rollouts, velocities=images)                 # one packed forward
+                if update == 0 and not checked:  # nothing has moved yet: the replay is its own anchor
+                    batch = batch.anchored(replay, config, images=images)
+                loss, parts = objective(replay, batch, config, decay=decay, images=images, measure_gradients=monitored)
                 loss.backward()
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
             sums = world.sum(sums)
             # Not "< 1e-12": a NaN is the optimizer step's to refuse and count.
-            assert update > 0 or not sums["text/ratio_variation"] + sums["image/ratio_variation"] >= 1e-12, "ratio is not 1"
+            variation = sums["text/ratio_variation"] + sums.get("image/ratio_variation", 0.0)
+            assert update > 0 or not variation >= 1e-12, "ratio is not 1"
             stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip, world)
             skipped += int(stats["optim/skipped"])
             metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
@@ -122,7 +125,8 @@ def describe(rollouts: Rollouts, config: Config, world: World = ALONE) -> dict[s
                       "entropy": float(rollouts.text.entropy.double().sum()),
                       "cost/prompt_tokens": float(rollouts.prompt_lengths.sum()),
                       **{f"cost/{name}": float(value) for name, value in rollouts.cost.items()}})
-    return {"cost/reference_passes": float(rollouts.image.ref_velocities is not None),
+    return {"cost/reference_passes": float(rollouts.text.ref_log_probs is not None),
+            "cost/image_replays": float(rollouts.image.old_means is not None),
             "thinking/length": sums["length"] / sums["rollouts"], "thinking/truncated": sums["truncated"] / sums["rollouts"],
             "thinking/rollout_entropy": sums["entropy"] / sums["length"],
             **world.max({"thinking/length_max": float(lengths.max())}),

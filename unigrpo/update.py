@@ -35,13 +35,14 @@ class Batch:
     text_weights: Tensor
     image_weights: Tensor
 
-    def anchored(self, replay: Replay, config: Config) -> Batch:
+    def anchored(self, replay: Replay, config: Config, *, images: bool = True) -> Batch:
         """The batch with this replay as its anchor, as long as no weight has moved since it was sampled: its ratio is 1."""
         text, image = self.rollouts.text, self.rollouts.image
-        move = score(image, replay.velocities.detach(), config)
-        return replace(self, rollouts=self.rollouts.with_segments([
-            replace(text, old_log_probs=replay.text_log_probs.detach()),
-            replace(image, old_log_probs=move.log_prob, old_means=move.mean)]))
+        if images:
+            move = score(image, replay.velocities.detach(), config)
+            image = replace(image, old_log_probs=move.log_prob, old_means=move.mean)
+        text = replace(text, old_log_probs=replay.text_log_probs.detach())
+        return replace(self, rollouts=self.rollouts.with_segments([text, image]))
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def minibatches(rollouts: Rollouts, advantages: Sequence[Tensor], config: Config
         yield Minibatch(part, rollouts, tuple(advantages), config.train.micro_batch, config.objective.text.aggregation, world)
 
 
+def trains_images(config: Config) -> bool:
+    """True if the loss has an image part. Where it has none, steps that measure nothing replay the text alone."""
+    image = config.objective.image
+    return image.weight > 0 or image.regularizer != "none"
+
+
 def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
     """The window's transitions under given velocities: mean (B, W, N, C), std and log_prob (B, W) or what broadcasts."""
     sigma, sigma_next = (image.sigmas[image.steps + k][:, None, None].to(velocities.device) for k in (0, 1))
@@ -104,7 +111,7 @@ def score(image: FlowSegment, velocities: Tensor, config: Config) -> Transition:
 
 
 def anchor(policy: UnifiedPolicy, rollouts: Rollouts, rows: Sequence[Tensor], config: Config, *,
-           reference: bool, first: bool = True) -> Rollouts:
+           reference: bool, images: bool = True, first: bool = True) -> Rollouts:
     """Old log-probs and means of every rollout at the weights that sampled, and the reference's velocities.
 
     Replayed in the micro-batches the updates will use, gradient enabled and then detached: same packing, kernels and
@@ -112,6 +119,7 @@ def anchor(policy: UnifiedPolicy, rollouts: Rollouts, rows: Sequence[Tensor], co
 
     Args:
         rows: of each update. reference: whether the reference's velocities are wanted.
+        images: False replays the text alone: the images have no old values then.
         first: False leaves the first update's rows without old values (NaN): its own replay will do, see Batch.anchored.
     """
     text, image = rollouts.text, rollouts.image
@@ -123,17 +131,18 @@ def anchor(policy: UnifiedPolicy, rollouts: Rollouts, rows: Sequence[Tensor], co
         batch = rollouts.select(chunk)
         if first or update > 0:
             with torch.enable_grad():
-                replay = policy.replay(batch)
-            move = score(batch.image, replay.velocities.detach(), config)
-            old_text[chunk], old_image[chunk] = replay.text_log_probs.detach(), move.log_prob
-            old_means[chunk] = move.mean
+                replay = policy.replay(batch, velocities=images)
+            old_text[chunk] = replay.text_log_probs.detach()
+            if images:
+                move = score(batch.image, replay.velocities.detach(), config)
+                old_image[chunk], old_means[chunk] = move.log_prob, move.mean
         if ref_velocities is not None and ref_text is not None:
             with policy.reference(), torch.no_grad():
-                replay = policy.replay(batch)
+                replay = policy.replay(batch, velocities=images)
             ref_velocities[chunk], ref_text[chunk] = replay.velocities, replay.text_log_probs
     return rollouts.with_segments([
         replace(text, old_log_probs=old_text, ref_log_probs=ref_text),
-        replace(image, old_log_probs=old_image, old_means=old_means, ref_velocities=ref_velocities)])
+        replace(image, old_log_probs=old_image, old_means=old_means, ref_velocities=ref_velocities) if images else image])
 
 
 def image_clip(clip: float, image: FlowSegment) -> float:
@@ -152,32 +161,36 @@ def penalties(image: FlowSegment, move: Transition, velocities: Tensor, config: 
 
 
 def objective(replay: Replay, batch: Batch, config: Config, *, decay: float = 1.0,
-              measure_gradients: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+              measure_gradients: bool = False, images: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """loss = text.weight * L_text + image.weight * L_image + regularizer_weight * penalty; metrics that add up.
 
     Args:
         replay: of batch.rollouts, with gradient.
         decay: factor of the regulariser's weight at this step.
         measure_gradients: also compare the penalty's gradient with the policy's, at the velocities.
+        images: False for a replay of the text alone. A part of weight 0 is measured and left out of the graph.
     Source: UniGRPO arXiv:2603.23500 (joint objective); GRPO-Guard arXiv:2510.22319 (RatioNorm).
     """
     settings: ObjectiveConfig = config.objective
     text, image = batch.rollouts.text, batch.rollouts.image
     assert text.old_log_probs is not None
-    assert image.old_log_probs is not None
-    assert image.old_means is not None
     text_loss, text_metrics = clipped_surrogate_loss(
         replay.text_log_probs, text.old_log_probs, batch.advantages[0], batch.text_weights,
         clip_low=settings.text.clip_low, clip_high=settings.text.clip_high)
     metrics = {f"text/{name}": value for name, value in text_metrics.items()}
     metrics["text/entropy"] = (replay.text_entropy * batch.text_weights).sum()
     metrics["text/loss"] = text_loss.detach()
-    loss = settings.text.weight * text_loss
+    loss = settings.text.weight * text_loss if settings.text.weight else torch.zeros_like(text_loss)
     if text.ref_log_probs is not None:
         kl = (k3_kl(replay.text_log_probs, text.ref_log_probs) * batch.text_weights).sum()
         metrics["text/kl"] = kl.detach()
-        loss = loss + settings.text.kl_weight * kl
+        if settings.text.kl_weight:
+            loss = loss + settings.text.kl_weight * kl
+    if not images:
+        return loss, metrics
 
+    assert image.old_log_probs is not None
+    assert image.old_means is not None
     move = score(image, replay.velocities, config)
     if settings.image.ratio_norm:
         log_ratio = projected_log_ratio(move.mean, image.old_means, image.next_latents, move.std.expand(move.log_prob.shape))
@@ -196,7 +209,8 @@ def objective(replay: Replay, batch: Batch, config: Config, *, decay: float = 1.
             share = batch.image_weights[:, i] * log_ratio.shape[1]
             metrics[f"image/log_ratio_rms/step_{step}"] = (log_ratio[:, i].double().square() * share).sum()
             metrics[f"image/clip_fraction/step_{step}"] = ((log_ratio[:, i].abs() > clip) * share).sum()
-    loss = loss + settings.image.weight * image_loss
+    if settings.image.weight:
+        loss = loss + settings.image.weight * image_loss
 
     if image.ref_velocities is not None:
         distances = penalties(image, move, replay.velocities, config)

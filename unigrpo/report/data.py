@@ -155,7 +155,8 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     samples = read_json(folder / "samples" / "samples.json", "evaluate", list)
     for sample in samples:
         needed(folder / "samples" / sample["image"], "evaluate")
-    understanding = read_understanding(needed(folder / "understanding.csv", "evaluate"), empty=outcomes.empty)
+    understanding = read_understanding(needed(folder / "understanding.csv", "evaluate"),
+                                       empty="greedy" not in set(outcomes["thinking"]))
     return Checkpoint(name, folder, outcomes, table, understanding, metrics, training, curves, samples)
 
 
@@ -278,7 +279,8 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
     lost = {}
     if warm is not None and not warm.understanding.empty:
         lost = {f"{run}-sft": combine({c.seed: understanding_change(warm.understanding, c.understanding, statistics.difference)
-                                       for c in members}) for run, members in arms.items() if run not in ("base", "sft")}
+                                       for c in members}) for run, members in arms.items()
+                if run not in ("base", "sft") and not any(c.understanding.empty for c in members)}
     report = {
         "scale": inputs.scale, "report": inputs.which, "arms": values, "differences": differences,
         "controls": {run: found for run, found in controls.items() if found}, "understanding": lost,

@@ -22,7 +22,9 @@ from typing import Any
 STAGES = ("curate", "base", "sft", "train", "evaluate", "report")
 SHARED = ("base", "sft", "train", "evaluate")  # stages that compute.processes share
 REPORTS = ("main", "experiments")
+CELLS = ("all", "headline")  # of the grid of guidance and thinking in which a checkpoint is evaluated
 EXPERIMENT = Path("params/experiment.yaml")
+SETS = Path("params/sets.yaml")
 MAIN_RUN = "unigrpo/0"  # the checkpoint that the main report is about, beside base and sft
 
 
@@ -33,7 +35,8 @@ class Job:
     Args:
         stage: one of STAGES. name: its item in dvc.yaml. scale: a file of params/scales/.
         run, seed: of the RL run, for train. checkpoint: the folder below artifacts/<scale>/, for evaluate.
-        report: main or experiments. inputs: what the stage reads, relative to the project's root.
+        cells: in which it is evaluated, all or headline. report: main or experiments.
+        inputs: what the stage reads, relative to the project's root.
     """
 
     stage: str
@@ -42,6 +45,7 @@ class Job:
     run: str | None = None
     seed: int | None = None
     checkpoint: str | None = None
+    cells: str | None = None
     report: str | None = None
     inputs: tuple[str, ...] = ()
 
@@ -56,7 +60,8 @@ class Job:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the stage function takes beside root and provenance."""
-        optional = {"run": self.run, "seed": self.seed, "checkpoint": self.checkpoint, "which": self.report}
+        optional = {"run": self.run, "seed": self.seed, "checkpoint": self.checkpoint, "cells": self.cells,
+                    "which": self.report}
         return {"scale": self.scale} | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -111,7 +116,11 @@ def parse_name(stage: str, name: str, root: Path = Path(".")) -> Job:
     elif stage == "evaluate":
         item = entry(experiment["evaluations"], "evaluation", name)
         scale, checkpoint = str(item["scale"]), str(item["checkpoint"])
-        job = Job(stage, name, scale, checkpoint=checkpoint,
+        cells = str(item.get("cells", CELLS[0]))
+        if cells not in CELLS:
+            raise ValueError(f"evaluations.{name}.cells must be one of {list(CELLS)}, got {cells!r}; change it in "
+                             f"{SETS} and run `unigrpo experiment write`")
+        job = Job(stage, name, scale, checkpoint=checkpoint, cells=cells,
                   inputs=(f"artifacts/{scale}/prompts", f"artifacts/{scale}/{checkpoint}/checkpoint"))
     elif stage == "report":
         scale, _, which = name.rpartition("-")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from unigrpo.evaluate import DrawnBatch, draw_grid, grid_images, text_losses
+from unigrpo.evaluate import GRID, GRIDS, DrawnBatch, draw_grid, grid_images, text_losses
 from unigrpo.evaluation.benchmark_table import make_table, table_metrics, write_table
 from unigrpo.evaluation.controls import COLUMNS, understanding_metrics, understanding_table, write_understanding
 from unigrpo.evaluation.guards import ImageSigns, describe_images, join_signs
@@ -43,19 +44,29 @@ OTHERS = "unigrpo.stages.benchmarks"
 FILES = ("metrics.json", "outcomes.csv", "understanding.csv", "benchmarks.csv", "samples")
 
 
-def run(scale: str, *, checkpoint: str, root: Path = Path("."),
+def run(scale: str, *, checkpoint: str, cells: str = "all", root: Path = Path("."),
         provenance: Mapping[str, str] | None = None) -> dict[str, float]:
-    """Evaluate artifacts/<scale>/<checkpoint>/checkpoint on evaluate.benchmarks. Returns its metrics."""
+    """Evaluate artifacts/<scale>/<checkpoint>/checkpoint on evaluate.benchmarks. Returns its metrics.
+
+    Args:
+        cells: a key of GRIDS. Without the whole grid there are no other cells in the outcomes, and understanding.csv, which
+            needs the greedy one, is empty.
+    """
     prompts, folder = f"artifacts/{scale}/prompts", f"artifacts/{scale}/{checkpoint}"
     with session("evaluate", f"{scale}-{checkpoint.replace('/', '-')}", scale=scale, output=folder,
                  inputs=(prompts, f"{folder}/checkpoint"), root=root, provenance=provenance) as stage:
+        stage.tracker.set_tags({"evaluate.cells": cells})
+        if cells != "all":
+            print(f"{stage.name}: cells {cells}, so no controls, no guidance and no understanding", file=sys.stderr, flush=True)
+            stage.config = stage.config.model_copy(update={"evaluate": stage.config.evaluate.model_copy(update={
+                "cells": GRIDS[cells]})})
         settings = stage.config.evaluate
         records = read_prompts(root / prompts / "eval.jsonl", stage) if SHAPES in settings.benchmarks else []
         others: Any = None
         if set(settings.benchmarks) - {SHAPES}:
             others = importlib.import_module(OTHERS).Benchmarks(stage, root)
         policy = load_policy(root / folder / "checkpoint", stage.config)
-        metrics = evaluate_shapes(stage, policy, records) if records else no_shapes(stage)
+        metrics = evaluate_shapes(stage, policy, records, GRIDS[cells]) if records else no_shapes(stage)
         if others is not None:
             others.draw(policy)
             stage.world.wait()
@@ -100,8 +111,9 @@ def no_shapes(stage: Session) -> dict[str, float]:
     return {}
 
 
-def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[PromptRecord]) -> dict[str, float]:
-    """Draw and judge the records in every cell of the grid; verdicts, outcomes, understanding and samples as files.
+def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[PromptRecord],
+                    grid: Sequence[tuple[str, str]] = GRID) -> dict[str, float]:
+    """Draw and judge the records in every cell of a grid; verdicts, outcomes, understanding and samples as files.
 
     Returns: what follows from them, and the sentinel's statistics of the headline cell, as flat metrics.
     """
@@ -113,8 +125,8 @@ def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[Promp
     world.wait()
     samples, frames, drawn = [], [], 0
     signs: dict[tuple[str, int], tuple[ImageSigns, str]] = {}
-    stage.begin("", grid_images(stage.config), unit="images")
-    for batch in draw_grid(policy, records, stage.config, samples=settings.images_per_prompt, batch=settings.batch,
+    stage.begin("", grid_images(stage.config, grid), unit="images")
+    for batch in draw_grid(policy, records, stage.config, grid, samples=settings.images_per_prompt, batch=settings.batch,
                            seed=settings.seed, control_samples=settings.control_images, world=world):
         paths = save_samples(batch, pictures, shown)
         frame = verdict_rows(batch.images, [record for record, _ in batch.rows], batch.texts,
@@ -127,7 +139,8 @@ def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[Promp
         drawn += len(batch.rows) * world.size  # the others are about as far
         if stage.progress is not None:
             stage.progress.step(min(drawn, stage.progress.total), exact=float(frame["exact"].mean()))
-    losses = plan_losses(policy, world.share(records), seed=settings.seed, batch=settings.batch)
+    understood = any(thinking == "greedy" for _, thinking in grid)
+    losses = plan_losses(policy, world.share(records), seed=settings.seed, batch=settings.batch) if understood else {}
     parts = world.gather((samples, frames, signs, losses))
     if not world.main:
         return {}
@@ -141,11 +154,11 @@ def evaluate_shapes(stage: Session, policy: BagelPolicy, records: Sequence[Promp
     write_verdicts(verdicts, stage.output / "verdicts.parquet")
     outcomes = count_outcomes(verdicts)
     write_outcomes(outcomes, stage.output / "outcomes.csv")
-    table = understanding_table(outcomes, losses)
+    table = understanding_table(outcomes, losses) if understood else pd.DataFrame(columns=list(COLUMNS))
     write_understanding(table, stage.output / "understanding.csv")
     seen = [signs[record.id, sample] for record in records for sample in range(settings.images_per_prompt)]
     watched = standing(join_signs(part for part, _ in seen), [text for _, text in seen], samples=settings.images_per_prompt)
-    return {**compute_metrics(outcomes), **understanding_metrics(table),
+    return {**compute_metrics(outcomes), **(understanding_metrics(table) if len(table) else {}),
             **{name: significant(value) for name, value in watched.items()}}
 
 

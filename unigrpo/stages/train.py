@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import shutil
 import sys
@@ -18,8 +19,8 @@ from unigrpo.checkpoint import (
     save_training_state,
     weights_digest,
 )
-from unigrpo.config import Config
-from unigrpo.cost import replay_flops, rollout_flops
+from unigrpo.config import Config, load_config
+from unigrpo.cost import reinforcement_flops
 from unigrpo.evaluation.sentinel import Sentinel, Thresholds
 from unigrpo.prompts.records import read_records
 from unigrpo.rewards import RewardFunction
@@ -32,6 +33,9 @@ from unigrpo.train import train
 from unigrpo.types import PromptRecord, Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 
+# By name and not by import: RL depends on no supervised training. A run that asks for it tracks this module's closure by
+# digest (unigrpo.experiment).
+SUPERVISED = "unigrpo.stages.longer"
 PROBE_SEED = 1_000_003  # probes look at other noise than evaluation does
 PROBE_SAMPLES = 2
 INERT_PENALTY = 0.01  # a penalty whose gradient is this share of the policy's, or less, holds nothing
@@ -40,6 +44,8 @@ INERT_PENALTY = 0.01  # a penalty whose gradient is this share of the policy's, 
 def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
         provenance: Mapping[str, str] | None = None) -> dict[str, float]:
     """Train one run of params/runs.yaml with one seed. Returns its metrics."""
+    if load_config(scale, run=run, root=root).train.method == "sft":
+        return importlib.import_module(SUPERVISED).run(scale, run=run, seed=seed, root=root, provenance=provenance)
     prompts, sft = f"artifacts/{scale}/prompts", f"artifacts/{scale}/sft/checkpoint"
     with session("train", f"{scale}-{run}-{seed}", scale=scale, run=run, seed=seed, output=f"artifacts/{scale}/{run}/{seed}",
                  inputs=(prompts, sft), root=root, provenance=provenance) as stage:
@@ -77,10 +83,12 @@ def rl_start(checkpoint: Path, config: Config) -> tuple[BagelPolicy, torch.optim
 def rl_policy(checkpoint: Path, config: Config) -> BagelPolicy:
     """The policy of a run: the checkpoint's weights in the run's precision, its adapters, guidance and context gradient."""
     rollout = config.rollout
+    # Frozen understanding experts compute the context, so that no gradient can reach it: one packed forward does then.
+    full = config.objective.image.context_gradient == "full" or "understanding" not in config.train.experts
     guidance = (rollout.guidance_scale, rollout.guidance_renorm, rollout.guidance_interval)
     policy = load_policy(checkpoint, config, dtype=DTYPES[config.train.precision],
                          guidance=guidance if rollout.guidance_scale > 1 else None,
-                         context_gradient=config.objective.image.context_gradient == "full")
+                         context_gradient=full)
     if config.lora.rank:
         add_lora(policy.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
                  experts=config.train.experts, seed=config.seed)
@@ -204,16 +212,17 @@ def summary(stage: Session, policy: BagelPolicy, sentinel: Sentinel) -> dict[str
             "sentinel/alarms": float(len(sentinel.alarms)), "sentinel/good_step": float(sentinel.good or 0)}
     out |= {f"sentinel/alarm/{alarm.guard}": float(alarm.step) for alarm in reversed(sentinel.alarms)}
     totals = {name: sum(row.get(name, 0.0) for row in curves) for name in
-              ("cost/text_tokens", "cost/images", "cost/model_calls", "cost/prompt_tokens", "cost/reference_passes")}
+              ("cost/text_tokens", "cost/images", "cost/model_calls", "cost/prompt_tokens", "cost/reference_passes",
+               "cost/image_replays")}
     prompts = config.rollout.prompts_per_step * len(curves)
     rollouts = int(totals["cost/images"])
     thinking, prompt = totals["cost/text_tokens"] / max(1, rollouts), totals["cost/prompt_tokens"] / max(1, rollouts)
-    sampling = rollout_flops(model, rollouts=rollouts, prompt_tokens=prompt, thinking_tokens=thinking, prompts=prompts,
-                             model_calls=int(totals["cost/model_calls"]))
-    replay = replay_flops(model, rollouts=rollouts, text_tokens=prompt + thinking + 1, thinking_tokens=thinking,
-                          window=config.rollout.window.size)
-    reference = totals["cost/reference_passes"] / max(1, len(curves))
+    shares = {name: totals[f"cost/{name}"] / max(1, len(curves)) for name in ("reference_passes", "image_replays")}
+    flops = reinforcement_flops(model, config, rollouts=rollouts, prompts=prompts, prompt_tokens=prompt,
+                                thinking_tokens=thinking, model_calls=int(totals["cost/model_calls"]),
+                                reference=shares["reference_passes"], images=shares["image_replays"],
+                                dropped_tokens=float(policy.dropped_tokens))
     return out | {"cost/prompts": float(prompts), "cost/images": totals["cost/images"],
                   "cost/text_tokens": totals["cost/text_tokens"], "cost/model_calls": totals["cost/model_calls"],
                   "cost/updates": float(config.train.updates_per_rollout * len(curves)),
-                  "cost/flops": sampling + (1 + reference + 3) * replay}
+                  "cost/flops": flops}

@@ -1,0 +1,169 @@
+"""Sets of runs become trainings and evaluations, and these run side by side: a limit of slots, failures by name, cells."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+
+import pytest
+import yaml
+from small import ROOT, small_config, small_policy, small_prompts
+
+from unigrpo.arms import Arm, explain, list_arms, run_arms
+from unigrpo.evaluate import GRIDS, grid_images
+from unigrpo.evaluation.controls import read_understanding, thinking_effects
+from unigrpo.evaluation.outcomes import read_outcomes
+from unigrpo.experiment import RunSet, expand, make_request, read_sets, render, written_request
+from unigrpo.prompts.records import write_records
+from unigrpo.stages import CELLS, parse_name
+from unigrpo.stages.evaluate import run as evaluate
+from unigrpo.stages.loading import save_policy
+
+# ----------------------------------------------------------------------------------------------------------------- sets
+
+def test_every_run_is_in_a_set_and_claims_come_first():
+    sets = yaml.safe_load((ROOT / "params" / "sets.yaml").read_text())
+    runs = yaml.safe_load((ROOT / "params" / "runs.yaml").read_text())
+    assert {run for part in sets.values() for run in part["runs"]} == set(runs)
+    assert [name.split("_")[0] for name in sets] == sorted(name.split("_")[0] for name in sets)
+    request = make_request(ROOT, ["tiny"])
+    assert [arm[1] for arm in request.arms()][:15] == [0] * 5 + [1] * 5 + [2] * 5       # claim 1, a seed at a time
+    for (run, seed), cells in request.arms().items():
+        sweep = run in {name for label, part in sets.items() if label.startswith("sweep") for name in part["runs"]}
+        assert cells == ("headline" if sweep else "all")
+        assert not sweep or (seed == 0 and runs[run]["times"]["train.num_steps"] == 0.25)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"sets": ["sweep_choices", "claim_2"]},
+                                       {"runs": ["unigrpo", "short"], "seeds": [4]}])
+def test_the_header_leads_back_to_the_request(arguments):
+    request = make_request(ROOT, ["smoke", "tiny"], **arguments)
+    assert written_request(ROOT, render(ROOT, request)) == request
+    content = expand(ROOT, request)
+    assert set(content["trainings"]) == {f"{scale}-{run}-{seed}" for scale in ("smoke", "tiny") for run, seed in request.arms()}
+
+
+def test_impossible_requests_are_refused(tmp_path):
+    for arguments, wanted in (({"sets": ["claim_9"]}, "set must be one of"), ({"runs": ["none"]}, "run must be one of"),
+                              ({"runs": ["short"], "seeds": [-1]}, "from 0"), ({"sets": ["claim_1"], "seeds": [0]}, "either")):
+        with pytest.raises(ValueError, match=wanted):
+            make_request(ROOT, ["tiny"], **arguments)
+    request = make_request(ROOT, ["tiny"], sets=["claim_1"])
+    request = type(request)(request.scales, (*request.sets, RunSet(("unigrpo",), (0,), "headline")), "")
+    with pytest.raises(ValueError, match="two sets"):
+        request.arms()
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "sets.yaml").write_text("a: {runs: [unigrpo], seeds: [0], cells: some}\n")
+    with pytest.raises(ValueError, match="all or headline"):
+        read_sets(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+@pytest.fixture
+def project(tmp_path):
+    """Params, prompts and a checkpoint at scale smoke."""
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    folder = tmp_path / "artifacts" / "smoke"
+    write_records(folder / "prompts" / "eval.jsonl", small_prompts(24))
+    save_policy(folder / "sft" / "checkpoint", small_policy(small_config()))
+    return tmp_path
+
+
+def test_the_headline_cell_alone(project, monkeypatch, capsys):
+    """The same images as in the whole grid; the other cells are lacking, and what needs them is skipped and said."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    folder = project / "artifacts" / "smoke" / "sft"
+    whole = evaluate("smoke", checkpoint="sft", root=project)
+    both = read_outcomes(folder / "outcomes.csv")
+    capsys.readouterr()
+    found = evaluate("smoke", checkpoint="sft", cells="headline", root=project)
+    assert "cells headline, so no controls" in capsys.readouterr().err
+    assert set(found) < set(whole)
+    assert not [name for name in set(whole) - set(found) if "/cfg_" not in name and not name.startswith("understanding/")]
+    outcomes = read_outcomes(folder / "outcomes.csv")
+    assert set(zip(outcomes["cfg"], outcomes["thinking"], strict=True)) == {("off", "on")}
+    columns = ["prompt_id", "images"]
+    same = both[(both["cfg"] == "off") & (both["thinking"] == "on")].reset_index(drop=True)
+    assert outcomes[columns].equals(same[columns])
+    assert found["bench/shapes/graded"] == pytest.approx(whole["bench/shapes/graded"], rel=1e-3)
+    assert {name for name in found if name.startswith("sentinel/")} == {name for name in whole if name.startswith("sentinel/")}
+    assert read_understanding(folder / "understanding.csv", empty=True).empty
+    assert thinking_effects(outcomes, lambda first, second: {}) == {}
+    assert {sample["cell"] for sample in json.loads((folder / "samples" / "samples.json").read_text())} == {"on"}
+
+
+def test_cells_of_an_evaluation(project):
+    assert tuple(GRIDS) == CELLS
+    config = small_config()
+    assert grid_images(config, GRIDS["headline"]) == config.evaluate.prompts * config.evaluate.images_per_prompt
+    path = project / "params" / "experiment.yaml"
+    content = yaml.safe_load(path.read_text())
+    assert parse_name("evaluate", "tiny-short-0", project).arguments["cells"] == "headline"
+    del content["evaluations"]["tiny-short-0"]["cells"]
+    content["evaluations"]["tiny-sft"]["cells"] = "some"
+    path.write_text(yaml.safe_dump(content))
+    assert parse_name("evaluate", "tiny-short-0", project).arguments["cells"] == "all"
+    with pytest.raises(ValueError, match=r"tiny-sft.cells must be one of \['all', 'headline'\]"):
+        parse_name("evaluate", "tiny-sft", project)
+
+
+def test_dvc_tracks_the_cells_of_an_evaluation_alone():
+    params = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["evaluate"]["do"]["params"]
+    keys = next(item["params/experiment.yaml"] for item in params if "params/experiment.yaml" in item)
+    assert keys == ["evaluations.${key}.cells", "evaluations.${key}.scorers"]
+    evaluations = yaml.safe_load((ROOT / "params" / "experiment.yaml").read_text())["evaluations"]
+    assert all("cells" in item for item in evaluations.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- running
+
+def test_arms_of_a_scale():
+    arms = list_arms(ROOT, "tiny")
+    assert arms[0].stages == ("train@tiny-unigrpo-0", "evaluate@tiny-unigrpo-0")
+    assert [arm.name for arm in arms[-2:]] == ["tiny-base", "tiny-sft"]
+    work = {arm.name: arm.work for arm in arms}
+    assert work["tiny-unigrpo-0"] == 4 * work["tiny-short-0"]
+    with pytest.raises(ValueError, match="lists no training of scale small"):
+        list_arms(ROOT, "small")
+
+
+def test_arms_run_in_pairs_and_a_failure_stops_no_other(tmp_path):
+    """At most two at a time, an arm's stages in a row; the failed one is named with what it said."""
+    arms = [Arm(f"a{i}", (f"train@a{i}", f"evaluate@a{i}"), 1.0) for i in range(5)]
+    script = ("import os, sys, time; stage = sys.argv[1]; log = open('events', 'a'); "
+              "log.write('+' + stage + '\\n'); log.flush(); time.sleep(0.15); log.write('-' + stage + '\\n'); log.close(); "
+              "print('no room for', stage); sys.exit(stage == 'train@a1')")
+    said = []
+    failed = run_arms(tmp_path, arms, 2, say=said.append, command=lambda stage: [sys.executable, "-c", script, stage],
+                      pause=0.01)
+    assert failed == {"a1": "train@a1"}
+    events = (tmp_path / "events").read_text().split()
+    assert "+evaluate@a1" not in events
+    assert sum(event[0] == "+" for event in events) == 9
+    at_once = [sum(1 if event[0] == "+" else -1 for event in events[:i + 1]) for i in range(len(events))]
+    assert max(at_once) == 2
+    for arm in ("a0", "a2", "a3", "a4"):
+        assert events.index(f"-train@{arm}") < events.index(f"+evaluate@{arm}")
+    assert events.index("+evaluate@a0") < events.index("+train@a3")             # finished arms are complete early
+    assert any(line.startswith("a1: FAILED in train@a1; ") for line in said)
+    assert "5 of 5 arms" in said[-1]
+    assert said[-1].endswith("1 failed, about 0:00 left")
+    assert "no room for train@a1" in explain(tmp_path, failed)
+
+
+def test_an_interrupted_experiment_leaves_nothing_running(tmp_path):
+    script = "import time, pathlib; time.sleep(30); pathlib.Path('late').touch()"
+    arms = [Arm(name, (name,), 1.0) for name in ("a", "b")]
+
+    def stop(line):
+        if line.startswith("b"):
+            raise KeyboardInterrupt
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(tmp_path, arms, 2, say=stop, command=lambda stage: [sys.executable, "-c", script], pause=0.01)
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "late").exists()

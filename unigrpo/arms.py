@@ -1,0 +1,168 @@
+"""Running the experiments side by side: an arm trains, then is evaluated, so that what is finished is finished whole.
+
+DVC decides what is stale and keeps the lock; every stage is one `dvc --wait-for-lock repro -s NAME` (without waiting for the
+lock 5 of 12 parallel ones failed). Started again it goes on with what is not there yet. An arm that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from unigrpo.config import load_config
+from unigrpo.progress import duration
+from unigrpo.resume import STATE
+from unigrpo.stages import read_experiment
+
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
+TAIL = 5  # lines of a failed stage's output that are shown
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Stages of one checkpoint, in order, and how much work they are (any unit)."""
+
+    name: str
+    stages: tuple[str, ...]
+    work: float
+
+
+@dataclass
+class Running:
+    """An arm under way: the stage that runs now, and its process."""
+
+    arm: Arm
+    stage: int
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    started: float = field(default_factory=time.monotonic)
+
+
+def list_arms(root: Path, scale: str) -> list[Arm]:
+    """The arms of a scale in the order of params/experiment.yaml: trainings with their evaluations, then what is left.
+
+    Raises: ValueError where none is listed.
+    """
+    experiment = read_experiment(root)
+    evaluations = {name: item for name, item in experiment["evaluations"].items() if item["scale"] == scale}
+    found = []
+    for name, item in experiment["trainings"].items():
+        if item["scale"] != scale:
+            continue
+        config = load_config(scale, run=item["run"], seed=item["seed"], root=root)
+        rollouts = config.train.num_steps * config.rollout.prompts_per_step * config.rollout.group_size
+        stages = [f"train@{name}", *([f"evaluate@{name}"] if evaluations.pop(name, None) is not None else [])]
+        found.append(Arm(name, tuple(stages), float(rollouts)))
+    found += [Arm(name, (f"evaluate@{name}",), 1.0) for name in evaluations]
+    if not found:
+        raise ValueError(f"params/experiment.yaml lists no training of scale {scale}; write some with "
+                         f"`unigrpo experiment write --scale {scale}`")
+    return found
+
+
+def stale(root: Path, arms: Sequence[Arm]) -> set[str]:
+    """The stages that are not up to date, as DVC sees it. Raises ValueError with DVC's words where it cannot say."""
+    stages = [stage for arm in arms for stage in arm.stages]
+    done = subprocess.run([*DVC, "status", "--json", *stages], cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"dvc status failed: {done.stderr.strip() or done.stdout.strip()}")
+    return set(json.loads(done.stdout[done.stdout.index("{"):] or "{}"))
+
+
+def command_of(stage: str) -> list[str]:
+    """What runs one stage."""
+    return [*DVC, "repro", "-s", stage]
+
+
+def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str], None] = print,
+             command: Callable[[str], Sequence[str]] = command_of, pause: float = 0.2) -> dict[str, str]:
+    """Run arms, at most `slots` at a time, in their order; says a line whenever one has ended.
+
+    Args:
+        command: stage -> what runs it. pause: seconds between looks at the processes.
+    Returns: name of a failed arm -> the stage that failed. Outputs are in .unigrpo/experiments/<name>.log.
+    """
+    logs = root / STATE / "experiments"
+    logs.mkdir(parents=True, exist_ok=True)
+    todo, start, ended, spent = list(arms), time.monotonic(), 0.0, 0.0
+    running: list[Running] = []
+    failed: dict[str, str] = {}
+    python = str(Path(sys.executable).parent)  # `python` in dvc.yaml is this one, also without an activated environment
+    environment = {**os.environ, "PATH": os.pathsep.join([python, os.environ.get("PATH", "")])}
+
+    def launch(arm: Arm, stage: int, log: IO[bytes]) -> Running:
+        process = subprocess.Popen(command(arm.stages[stage]), cwd=root, env=environment, stdin=subprocess.DEVNULL,
+                                   stdout=log, stderr=subprocess.STDOUT)
+        return Running(arm, stage, process, log)
+
+    try:
+        while todo or running:
+            while todo and len(running) < slots:
+                arm = todo.pop(0)
+                running.append(launch(arm, 0, (logs / f"{arm.name}.log").open("wb")))
+                say(f"{arm.name}: started")
+            time.sleep(pause)
+            for item in [item for item in running if item.process.poll() is not None]:
+                running.remove(item)
+                arm, spent = item.arm, spent + time.monotonic() - item.started
+                if item.process.returncode:
+                    failed[arm.name] = arm.stages[item.stage]
+                elif item.stage + 1 < len(arm.stages):
+                    running.append(launch(arm, item.stage + 1, item.log))
+                    continue
+                item.log.close()
+                ended += arm.work
+                left = sum(other.work for other in todo) + sum(other.arm.work for other in running)
+                count = len(arms) - len(todo) - len(running)
+                eta = spent / ended * left / min(slots, max(1, len(todo) + len(running)))
+                outcome = f"FAILED in {failed[arm.name]}" if arm.name in failed else "done"
+                say(f"{arm.name}: {outcome}; {count} of {len(arms)} arms in {duration(time.monotonic() - start)}, "
+                    f"{len(failed)} failed, about {duration(eta)} left")
+    finally:  # an interrupted experiment leaves no stage behind: a stage ends with its dvc
+        for item in running:
+            item.process.terminate()
+        for item in running:
+            item.process.wait()
+            item.log.close()
+    return failed
+
+
+def explain(root: Path, failed: Mapping[str, str]) -> str:
+    """The failed arms and the last lines of what they said."""
+    lines = []
+    for name, stage in failed.items():
+        log = root / STATE / "experiments" / f"{name}.log"
+        said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-TAIL:]
+        lines += [f"{stage} failed ({log.relative_to(root)}):", *(f"  {line}" for line in said)]
+    return "\n".join(lines)
+
+
+def run_experiments(root: Path, scale: str, jobs: int | None, only: Sequence[str] | None = None) -> int:
+    """Bring every arm of a scale up to date. Returns how many failed.
+
+    Args:
+        jobs: arms at a time; at most, and by default, compute.slots. only: names of arms; all by default.
+    Raises: ValueError for a name that is no arm.
+    """
+    limit = load_config(scale, root=root).compute.slots
+    slots = limit if jobs is None else max(1, min(jobs, limit))
+    if jobs is not None and jobs > limit:
+        print(f"{slots} arms at a time and not {jobs}: compute.slots in params says so", flush=True)
+    arms = list_arms(root, scale)
+    if unknown := sorted(set(only or ()) - {arm.name for arm in arms}):
+        raise ValueError(f"an arm must be one of {[arm.name for arm in arms]}, got {unknown}")
+    arms = [arm for arm in arms if not only or arm.name in only]
+    old = stale(root, arms)
+    todo = [arm for arm in arms if old & set(arm.stages)]
+    print(f"{len(arms)} arms, {len(arms) - len(todo)} of them up to date; {slots} at a time", flush=True)
+    failed = run_arms(root, todo, slots, say=lambda line: print(line, flush=True))
+    if failed:
+        print(explain(root, failed), file=sys.stderr, flush=True)
+    return len(failed)
