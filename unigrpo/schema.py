@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from unigrpo.schema_benchmarks import BenchmarkRules
+from unigrpo.schema_compute import RemoteConfig
 from unigrpo.schema_model import AutoencoderConfig, Count, ModelConfig, Positive, Rate, Section, Share
 
 WORLD_PIXELS = 32  # side of a picture of the shapes world
@@ -335,6 +336,7 @@ class ComputeConfig(Section):
     threads: Positive
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
+    remote: RemoteConfig
 
 
 class Config(Section):
