@@ -188,7 +188,7 @@ def test_no_out_is_left_out_of_the_cache():
 
 # -------------------------------------------------------------------------------------------------------------- imports
 
-LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_model", "schema_rl", "seeding", "digests",
+LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute", "schema_model", "schema_rl", "seeding", "digests",
               "stages"},  # `stages`: names only
           1: {"tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from unigrpo.schema_benchmarks import BenchmarkRules
+from unigrpo.schema_compute import RemoteConfig
 from unigrpo.schema_model import AutoencoderConfig, Count, ModelConfig, Positive, Rate, Section, Share
 from unigrpo.schema_rl import (
     REWARD_NAMES,
@@ -179,6 +180,7 @@ class ComputeConfig(Section):
     slots: Positive
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
+    remote: RemoteConfig
 
 
 class Config(Section):

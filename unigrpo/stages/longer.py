@@ -52,10 +52,11 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
             partial(warmup_batch, policy, warmup, config) if data is None else partial(folder_batch, policy, examples, config))
         train_stage(stage, policy, config.sft, batches)
         policy.model.to(dtype)  # type: ignore[arg-type]
-        save_policy(stage.output / "checkpoint", policy, origin=root / sft)
-        gallery = stage.output / "gallery"  # nothing is sampled; a file in it, because DVC warns of an empty folder
-        gallery.mkdir(exist_ok=True)
-        (gallery / "gallery.json").write_text("[]\n", encoding="utf-8")
+        if stage.world.main:
+            save_policy(stage.output / "checkpoint", policy, origin=root / sft)
+            gallery = stage.output / "gallery"  # nothing is sampled; a file in it, because DVC warns of an empty folder
+            gallery.mkdir(exist_ok=True)
+            (gallery / "gallery.json").write_text("[]\n", encoding="utf-8")
         return stage.write({**summary(stage, policy, config.sft), "cost/flops_wanted": wanted})
 
 
