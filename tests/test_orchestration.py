@@ -188,8 +188,8 @@ def test_no_out_is_left_out_of_the_cache():
 
 # -------------------------------------------------------------------------------------------------------------- imports
 
-LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute", "schema_model", "schema_rl", "seeding", "digests",
-              "stages"},  # `stages`: names only
+LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute", "schema_model", "schema_rl", "seeding",
+              "digests", "distributed", "stages"},  # `stages`: names only
           1: {"tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
