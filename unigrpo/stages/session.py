@@ -20,8 +20,10 @@ from PIL import Image
 
 from unigrpo.config import Config, load_config
 from unigrpo.evaluation.outcomes import significant, write_metrics
+from unigrpo.preemption import PREEMPTED, Notice, Preempted, notice_of_sigterm
 from unigrpo.progress import Progress
 from unigrpo.resume import resume_folder
+from unigrpo.sealed import sync
 from unigrpo.tracking import Tracker, track
 
 ENLARGE = 4  # a 32-pixel picture is shown at 128 pixels
@@ -45,9 +47,15 @@ class Session:
     curves: list[dict[str, float]] = field(default_factory=list)
     gallery: list[dict[str, Any]] = field(default_factory=list)
     progress: Progress | None = None
+    notice: Notice = field(default_factory=Notice)
 
-    def begin(self, what: str, total: int, start: int = 0, unit: str = "steps") -> None:
-        """Show progress towards `total` steps, or whatever `unit` says."""
+    def begin(self, what: str, total: int, start: int = 0, unit: str = "steps", *, stepwise: bool = False) -> None:
+        """Show progress towards `total` steps, or whatever `unit` says.
+
+        Args:
+            stepwise: from now on the stage looks at `asked_to_leave` after every step, and SIGTERM waits for that.
+        """
+        self.notice.stepwise = stepwise
         self.progress = Progress(f"{self.name} {what}".strip(), total, start=start, unit=unit)
 
     def log(self, step: int, metrics: Mapping[str, float], **shown: float | str) -> None:
@@ -58,13 +66,32 @@ class Session:
         if self.progress is not None:
             self.progress.step(step + 1, **shown)
 
+    def asked_to_leave(self) -> bool:
+        """Whether SIGTERM has asked for the stage's end."""
+        return self.notice.given
+
+    def leave(self, steps: int) -> None:
+        """End the process with status 75; the state after `steps` steps must be saved."""
+        print(f"{self.name}: asked to leave (SIGTERM); the state after step {steps} is saved, and the same command goes on "
+              f"from there (exit status {PREEMPTED})", file=sys.stderr, flush=True)
+        raise Preempted
+
     def state(self) -> dict[str, Any]:
-        """What a resumed session needs of this one."""
+        """What a resumed session needs of this one. What the tracker was told so far is on the disk before it."""
+        self.tracker.sync()
         return {"curves": self.curves, "gallery": self.gallery}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier session's state."""
+        """Go on from an earlier session's state. Raises ValueError naming a picture of its gallery that is not whole."""
         self.curves, self.gallery = list(state["curves"]), list(state["gallery"])
+        for row in self.gallery:
+            path = self.folder / "gallery" / row["image"]
+            try:
+                with Image.open(path) as picture:
+                    picture.verify()
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"{path} is a picture of an interrupted run and is damaged ({error}); remove {self.folder} to "
+                                 "start that run again") from error
 
     def add_pictures(self, images: np.ndarray, rows: Sequence[dict[str, Any]]) -> None:
         """Keep pictures with their rows (step, prompt, thinking, ...) for the gallery.
@@ -77,6 +104,7 @@ class Session:
         for image, row in zip(images, rows, strict=True):
             name = f"{len(self.gallery):05d}.png"
             save_picture(image, pictures / name)
+            sync(pictures / name)
             self.gallery.append({**row, "image": name})
 
     def write(self, summary: Mapping[str, float]) -> dict[str, float]:
@@ -108,10 +136,10 @@ def session(stage: str, name: str, *, scale: str, output: str, inputs: Sequence[
     torch.set_num_threads(config.compute.threads)
     folder = writable(root / output)
     values = config.model_dump(mode="json")
-    with resume_folder(root, stage, name, values, inputs) as resume, \
+    with notice_of_sigterm() as notice, resume_folder(root, stage, name, values, inputs) as resume, \
             track(stage, name, values, provenance, root, resume) as tracker:
         try:
-            yield Session(config, folder, resume, tracker, f"{stage} {name}")
+            yield Session(config, folder, resume, tracker, f"{stage} {name}", notice=notice)
         except KeyboardInterrupt:
             print(f"{stage} {name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
             raise
