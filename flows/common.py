@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import uuid
 from pathlib import Path
@@ -64,6 +65,7 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from unigrpo.preemption import PREEMPTED
     from unigrpo.stages import parse_name
     from unigrpo.stages.run import PROVENANCE as KNOWN
 
@@ -81,7 +83,7 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
                   file=sys.stderr, flush=True)
         sys.exit(status)
     except SignalException as error:
-        sys.exit(128 + int(error.sigval))
+        sys.exit(130 if error.sigval == signal.SIGINT else PREEMPTED)
     output = ROOT / parse_name(stage, item, ROOT).output / ("metrics.json" if stage == "evaluate" else "training.json")
     return dict(json.loads(output.read_text(encoding="utf-8")))
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small import small_config, small_policy
 
@@ -17,6 +21,7 @@ from unigrpo.checkpoint import (
     save_checkpoint,
     save_training_state,
 )
+from unigrpo.sealed import disk_full
 from unigrpo.sft import supervised_optimizers
 
 
@@ -101,23 +106,73 @@ def test_a_kill_while_saving_leaves_the_previous_state(tmp_path):
     save_training_state(tmp_path, 2, policy.model, optimizers, {})
     assert load_training_state(tmp_path)[0]["step"] == 2
     # Killed between the two renames: the old state has moved away, the new one has no name yet.
+    shutil.rmtree(tmp_path / "state.old")
     (tmp_path / "state").rename(tmp_path / "state.old")
     assert load_training_state(tmp_path)[0]["step"] == 2
 
 
-def test_a_damaged_state_is_not_used(tmp_path, capsys):
+def flip(path, at=-3):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda state: flip(state / "model.safetensors"), "model.safetensors has sha256"),
+    (lambda state: flip(state / "state.json", 5), "state.json has sha256"),
+    (lambda state: flip(state / "manifest.json", 1), "manifest.json cannot be read"),
+    (lambda state: (state / "optimizer.safetensors").write_bytes(b"short"), "optimizer.safetensors has 5 bytes"),
+    (lambda state: (state / "extra.safetensors").unlink(), "extra.safetensors is missing"),
+    (lambda state: (state / "more.safetensors").touch(), "more.safetensors is not in manifest.json")])
+def test_a_damaged_state_is_refused_by_name_and_the_one_before_it_is_used(tmp_path, capsys, damage, words):
     policy, optimizers, _ = trained()
     save_training_state(tmp_path, 1, policy.model, optimizers, {})
-    path = tmp_path / "state" / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(bytes(content))
+    save_training_state(tmp_path, 2, policy.model, optimizers, {})
+    damage(tmp_path / "state")
+    assert load_training_state(tmp_path)[0]["step"] == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'state'} is damaged and not used: " in said
+    assert words in said
+    assert "going on after step 1" in said
+    save_training_state(tmp_path, 2, policy.model, optimizers, {})  # must not put the damaged one in the place of the good one
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "state.damaged", "state.old"]
+    shutil.rmtree(tmp_path / "state")
+    assert load_training_state(tmp_path)[0]["step"] == 1
+    flip(tmp_path / "state.old" / "model.safetensors")
     assert load_training_state(tmp_path) is None
-    assert "damaged" in capsys.readouterr().out
+    assert "holds no whole state: starting from the beginning" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs the right to mount a small disk")
+def test_a_disk_that_fills_up_while_saving_keeps_the_state_before(tmp_path, capsys):
+    """A real disk of 2 MB: the third state has no room, then a file takes the rest."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        policy, optimizers, _ = trained()
+        save_training_state(tmp_path, 1, policy.model, optimizers, {})
+        size = sum(path.stat().st_size for path in (tmp_path / "state").iterdir())
+        (tmp_path / "filler").write_bytes(bytes(int((2 << 20) - 2.6 * size)))
+        for step in (2, 3, 4):
+            save_training_state(tmp_path, step, policy.model, optimizers, {})
+        assert "no room for a third training state" in capsys.readouterr().err
+        assert load_training_state(tmp_path)[0]["step"] == 4
+        with (tmp_path / "filler").open("ab") as file:
+            file.write(bytes(int(0.4 * size)))
+        shutil.rmtree(tmp_path / "state.old", ignore_errors=True)
+        with (tmp_path / "filler").open("ab") as file:
+            file.write(bytes(int(0.6 * size)))
+        with pytest.raises((OSError, SafetensorError)) as raised:
+            save_training_state(tmp_path, 5, policy.model, optimizers, {})
+        assert disk_full(raised.value)
+        assert load_training_state(tmp_path)[0]["step"] == 4
+        assert not (tmp_path / "state.partial").exists()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_state_holds_no_pickle(tmp_path):
     policy, optimizers, _ = trained()
     save_training_state(tmp_path, 1, policy.model, optimizers, {})
-    assert sorted(p.suffix for p in (tmp_path / "state").iterdir()) == [".json", ".safetensors", ".safetensors", ".safetensors"]
+    assert {p.suffix for p in (tmp_path / "state").iterdir()} == {".json", ".safetensors"}
     json.loads((tmp_path / "state" / "state.json").read_text())

@@ -190,11 +190,11 @@ def test_no_out_is_left_out_of_the_cache():
 
 LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute", "schema_model", "schema_rl", "seeding",
               "digests", "distributed", "stages"},  # `stages`: names only
-          1: {"tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
+          1: {"sealed", "tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
               "adapters", "masters", "roofline", "footprint", "sampling", "images", "interchange", "checks"},
-          4: {"progress", "resume", "tracking", "stages.*", "plan", "probe", "generate"},
+          4: {"progress", "preemption", "resume", "tracking", "stages.*", "plan", "probe", "generate"},
           5: {"arms", "experiment", "closure", "commands", "cli", "__main__"}}
 
 

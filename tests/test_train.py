@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -23,13 +24,13 @@ def setup(config, seed=0):
     return policy, rl_optimizer(experts, config.optim)
 
 
-def run(policy, optimizer, config, reward, *, start=0, stop_after=None, save=lambda step: None, rows=None):
+def run(policy, optimizer, config, reward, *, start=0, stop_after=None, save=lambda step: None, rows=None, skipped=0):
     prompts = small_prompts(8)
     logged = [] if rows is None else rows
     settings = config if stop_after is None else config.model_copy(
         update={"train": config.train.model_copy(update={"num_steps": stop_after})})
     train(policy, optimizer, lambda step: [prompts[(step * 4 + i) % 8] for i in range(config.rollout.prompts_per_step)], reward,
-          settings, draw=partial(generator, config.seed), start_step=start, save=save,
+          settings, draw=partial(generator, config.seed), start_step=start, save=save, skipped=skipped,
           log=lambda step, metrics, rollouts, rewards: logged.append(metrics))
     return logged
 
@@ -130,7 +131,7 @@ def test_missing_rewards_stop_the_run():
         run(policy, optimizer, config, broken)
 
 
-def test_a_non_finite_reward_gradient_is_skipped_until_there_are_too_many(monkeypatch):
+def test_a_non_finite_reward_gradient_is_skipped_until_there_are_too_many(monkeypatch, capsys):
     """A NaN that reaches the loss costs an update, is counted, and stops the run past train.max_skipped."""
     config = learning_config(num_steps=4, max_skipped=3)
     policy, optimizer = setup(config)
@@ -144,9 +145,56 @@ def test_a_non_finite_reward_gradient_is_skipped_until_there_are_too_many(monkey
 
     monkeypatch.setattr(policy, "replay", poisoned)
     before = weights_digest(dict(policy.model.state_dict()))
-    with pytest.raises(ValueError, match="4 updates had gradients that are not finite"):
+    with pytest.raises(ValueError, match="4 updates had a loss or gradients that are not finite"):
         run(policy, optimizer, config, brightness)
     assert weights_digest(dict(policy.model.state_dict())) == before
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert re.match(r"step 0, update 1 is skipped, the 1. of train.max_skipped=3: not finite is the gradient of language_mod",
+                    said[0])
+
+
+def test_a_loss_that_is_not_finite_is_skipped_with_its_prompts_named(monkeypatch, capsys):
+    """The second update of the second step goes wrong in one rollout: it moves nothing, and the run goes on."""
+    config = learning_config(num_steps=3, max_skipped=1)
+    policy, optimizer = setup(config)
+    original, calls, weights = policy.replay, [], []
+
+    def poisoned(rollouts, **kwargs):
+        replay = original(rollouts, **kwargs)
+        if torch.is_grad_enabled() and rollouts.image.old_means is not None:
+            calls.append(rollouts)
+            if len(calls) == 4:
+                weights.append(weights_digest(dict(policy.model.state_dict())))
+                replay.velocities[3] = float("inf")
+        return replay
+
+    monkeypatch.setattr(policy, "replay", poisoned)
+    rows = run(policy, optimizer, config, brightness,
+               save=lambda step: weights.append(weights_digest(dict(policy.model.state_dict()))))
+    said = capsys.readouterr().err
+    assert f"step 1, update 2 is skipped, the 1. of train.max_skipped=1: not finite is the image's velocity of prompts " \
+           f"{calls[3].prompts[3].id}\n" in said
+    assert weights[1] == weights[2] != weights[3]  # before the update, after its step, after the next
+    assert [row["optim/skipped"] for row in rows] == [0, 1, 0]
+    del calls[3:]
+    with pytest.raises(ValueError, match="2 updates"):  # a resumed run counts on
+        run(policy, optimizer, config, brightness, skipped=1)
+
+
+def test_a_reward_that_is_infinite_is_missing():
+    config = learning_config(num_steps=1)
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"max_missing": 0.5})})
+    policy, optimizer = setup(config)
+
+    def sometimes(rollouts):
+        value = torch.arange(float(len(rollouts)))
+        value[5] = float("inf")
+        return [Reward("shapes_graded", value)]
+
+    row, = run(policy, optimizer, config, sometimes)
+    assert row["reward/missing"] == row["reward/infinite"] == 1 / 32
+    assert row["optim/skipped"] == 0
 
 
 def test_a_mismatch_stops_the_run_before_any_update():

@@ -6,15 +6,17 @@ import os
 import shutil
 from pathlib import Path
 
+from unigrpo.sealed import MANIFEST, seal_problems
 from unigrpo.tensorfiles import read_header, read_json
 
 SPARE = 1.02  # of the bytes to be written: configs, tokenizer and a file system's own
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Every JSON and safetensors file of a checkpoint folder can be read.
+    """Every JSON and safetensors file of a checkpoint folder can be read, and every file is as it was written.
 
-    What the files hold is the readers' to judge; those of libraries name neither file nor reason where one is cut off.
+    What the files hold is the readers' to judge; those of libraries name neither file nor reason where one is cut off. A
+    folder without a manifest, which an import or another program wrote, has nothing to be compared with.
 
     Raises: ValueError naming a folder that is not there, or a file that is empty, truncated or damaged.
     """
@@ -26,6 +28,10 @@ def check_checkpoint(folder: Path) -> None:
             read_json(path)
         elif path.suffix == ".safetensors":
             read_header(path)
+    if (folder / MANIFEST).exists() and (problems := seal_problems(folder)):
+        named = "; ".join(f"{folder / problem}" for problem in problems)
+        raise ValueError(f"{folder} is not what was written: {named}; fetch it again or rerun the stage that makes it. If the "
+                         f"change is meant, remove {folder / MANIFEST}")
 
 
 def check_output(folder: Path, size: int = 0) -> None:

@@ -26,7 +26,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
                          f"of which there are {sorted(p.stem for p in path.parent.glob('*.yaml'))}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no UTF-8, a date that is none
         raise ValueError(f"{path} must be valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of sections, got {type(content).__name__}")

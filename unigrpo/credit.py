@@ -22,8 +22,8 @@ def assign_credit(rewards: Sequence[Reward], segments: Sequence[Segment], *, gro
     shared_terminal: A = group_advantages(sum_n weights[n] reward_n), the same for the thinking and the image: one
     trajectory, one outcome. Siblings are the chains of a prompt; grouping images by their chain would give groups of one.
 
-    A rollout that misses any weighted reward is missing as a whole: advantage 0, counted in reward/missing. Rewards
-    without a weight are logged only.
+    A rollout that misses any weighted reward is missing as a whole: advantage 0, counted in reward/missing. A reward that is
+    infinite is missing too. Rewards without a weight are logged only.
 
     Args:
         rewards: records of (B,) values, NaN where missing.
@@ -39,7 +39,8 @@ def assign_credit(rewards: Sequence[Reward], segments: Sequence[Segment], *, gro
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown credit strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
-    values = {reward.name: reward.value for reward in rewards}
+    broken = {reward.name: reward.value.isinf() for reward in rewards}
+    values = {reward.name: torch.where(broken[reward.name], math.nan, reward.value) for reward in rewards}
     if len(values) != len(rewards):
         raise ValueError(f"reward names must differ, got {[reward.name for reward in rewards]}")
     absent = sorted(set(weights) - set(values))
@@ -58,4 +59,6 @@ def assign_credit(rewards: Sequence[Reward], segments: Sequence[Segment], *, gro
         "reward/missing": stats["missing"],
         "advantage/abs_mean": advantages.double().abs().mean().item(),
     }
+    if infinite := sum(float(part.double().mean()) for part in broken.values()):
+        metrics["reward/infinite"] = infinite
     return tuple(advantages for _ in segments), metrics

@@ -19,7 +19,8 @@ RECORDERS = frozenset({
     "unigrpo.commands.parse_prompts", "unigrpo.commands.prompts", "unigrpo.commands.score", "unigrpo.commands.score_canary",
     "unigrpo.commands.score_compbench", "unigrpo.commands.score_geneval", "unigrpo.commands.serve_rewards",
     "unigrpo.digests", "unigrpo.experiment", "unigrpo.footprint", "unigrpo.generate", "unigrpo.interchange", "unigrpo.plan",
-    "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.stages", "unigrpo.tracking"})
+    "unigrpo.preemption", "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.sealed",
+    "unigrpo.stages", "unigrpo.tracking"})
 
 
 def sha256_json(value: Any) -> str:

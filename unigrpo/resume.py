@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from unigrpo.digests import sha256_code, sha256_inputs, sha256_json
+from unigrpo.sealed import disk_full
 
 STATE = Path(".unigrpo")  # every bit of pipeline state that is not a result, relative to the project's root
 
@@ -88,11 +89,18 @@ def resume_folder(root: Path, stage: str, name: str, params: Mapping[str, Any], 
         root: the project's root. stage, name: as in dvc.yaml. params: the resolved config, a JSON value.
         inputs: files and folders the stage reads, relative to `root`.
     Yields: an existing folder that this process alone works in; empty unless an earlier run was interrupted.
+    Raises: ValueError where the block finds a disk full.
     """
     folder = resume_path(root, stage, name, params, inputs)
     with hold(folder.with_suffix(".lock"), f"{stage} {name}", say=say):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             say(f"{stage} {name}: going on from {folder.relative_to(root)}")
-        yield folder
+        try:
+            yield folder
+        except Exception as error:
+            if not disk_full(error):
+                raise
+            raise ValueError(f"the disk is full ({error}); free some room where {folder} and the stage's outputs lie. What was "
+                             "saved before is whole, and the same command goes on from there") from error
         shutil.rmtree(folder)

@@ -5,6 +5,7 @@ One packed forward a batch: [text | image at noise level 1 | image at noise leve
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
     Args:
         batches: step -> batch, the same in every process; the step is the data cursor. log, save: called after every step.
         world: the processes that share a batch.
-    Raises: ValueError where the loss is not finite, naming the step.
+    Raises: ValueError where the loss or its gradient is not finite, naming the step; the weights are those before it.
     """
     for step in range(start_step, config.steps):
         metrics: dict[str, float] = defaultdict(float)
@@ -187,6 +188,8 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         world.sum_gradients(parameters)
         metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
+        if not math.isfinite(metrics["grad_norm"]):  # before it reaches the weights, and with them a saved state
+            raise ValueError(f"the gradient of step {step} is not finite; lower muon_lr or adam_lr in params")
         factor = supervised_factor(step, config)
         for optimizer in optimizers:
             for group in optimizer.param_groups:

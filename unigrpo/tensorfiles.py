@@ -142,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object beside the tensors (config.json, an index, ...). Raises ValueError if the file is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(value).__name__}")

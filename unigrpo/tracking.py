@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from unigrpo.digests import flatten
 from unigrpo.resume import STATE
+from unigrpo.sealed import sync
 
 SEND_EVERY = 30.0      # seconds between batches while a stage runs
 BATCH = 1000           # metrics a request; MLflow's limit
@@ -229,6 +230,11 @@ class Tracker:
         """More tags, known only while the stage runs."""
         self.journal.append("tags", tags=dict(tags))
 
+    def sync(self) -> None:
+        """Have all records on the disk: what a training state holds was told before it."""
+        if self.journal.path.is_file():
+            sync(self.journal.path)
+
     def send(self, *, pending: bool = False) -> None:
         """Send to MLflow; if it does not answer, say so once and leave the records where they are."""
         self.last = time.monotonic()
@@ -264,6 +270,9 @@ class SilentTracker(Tracker):
         """Told by the main process."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Told by the main process."""
+
+    def sync(self) -> None:
         """Told by the main process."""
 
     def send(self, *, pending: bool = False) -> None:
@@ -329,7 +338,7 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
         try:
             yield tracker
             status = "FINISHED"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
         finally:

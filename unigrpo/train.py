@@ -6,6 +6,7 @@ The trainer is handed a policy, a reward and callables that log and save; it imp
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,8 @@ from unigrpo.policy import Draw, UnifiedPolicy
 from unigrpo.types import PromptRecord, Reward, Rollouts
 from unigrpo.update import (
     anchor,
+    first_bad_gradient,
+    first_not_finite,
     minibatches,
     objective,
     optimizer_step,
@@ -35,7 +38,7 @@ RewardFunction = Callable[[Rollouts], Sequence[Reward]]
 def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Callable[[int], Sequence[PromptRecord]],
           reward_fn: RewardFunction, config: Config, *, draw: Draw,
           log: Callable[[int, dict[str, float], Rollouts, list[Reward]], None], save: Callable[[int], None],
-          start_step: int = 0, world: World = ALONE) -> None:
+          start_step: int = 0, skipped: int = 0, world: World = ALONE) -> None:
     """Optimise the policy for config.train.num_steps rollouts.
 
     Args:
@@ -44,11 +47,11 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
         reward_fn: B rollouts -> reward records, NaN where missing.
         draw: draw(purpose, *key) -> generator, the run's seed bound.
         log: called after every step with its metrics, and this process's rollouts and rewards. save: called after every
-            step, decides itself. start_step: where a resumed run goes on.
+            step, decides itself. start_step: where a resumed run goes on. skipped: updates it has skipped before.
         world: the processes that share a step: each samples, scores and replays its prompts, gradients are added up.
     Raises: MismatchError before the first update; ValueError on too many missing rewards or skipped updates.
     """
-    updates, skipped = config.train.updates_per_rollout, 0
+    updates = config.train.updates_per_rollout
     for step in range(start_step, config.train.num_steps):
         mine = own_prompts(prompts(step), updates, draw("updates", step), world)
         rollouts = policy.generate(mine, group_size=config.rollout.group_size, sampling=config.rollout,
@@ -57,9 +60,7 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
         everyone = [replace(reward, value=world.gather_rows(reward.value)) for reward in rewards]
         advantages, metrics = assign_credit(everyone, rollouts.segments, group_size=config.rollout.group_size,
                                             weights=config.reward.weights, **config.credit.model_dump())
-        if metrics["reward/missing"] > config.reward.max_missing:
-            raise ValueError(f"{metrics['reward/missing']:.0%} of the rewards of step {step} are missing, more than "
-                             f"reward.max_missing={config.reward.max_missing:.0%}: look at the reward's own log")
+        refuse_missing(metrics["reward/missing"], f"step {step}", config)
         rows, monitored = update_rows(rollouts, updates), step % config.train.monitor_every == 0
         images, checked = monitored or trains_images(config), monitored or step == start_step
         rollouts = anchor(policy, rollouts, rows, config, images=images, first=checked,
@@ -73,11 +74,13 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
             factor = schedule_factor(step * updates + update, config.train.num_steps * updates, config.optim)
             decay = factor if config.objective.image.regularizer_decay else 1.0
             sums: dict[str, float] = {}
+            bad = ""
             for batch in minibatch.micro_batches():                                       # carries its slice of the weights
                 replay = policy.replay(batch.rollouts, velocities=images)                 # one packed forward
                 if update == 0 and not checked:  # nothing has moved yet: the replay is its own anchor
                     batch = batch.anchored(replay, config, images=images)
                 loss, parts = objective(replay, batch, config, decay=decay, images=images, measure_gradients=monitored)
+                bad = bad or first_not_finite(loss, replay, batch)
                 loss.backward()
                 for name, value in parts.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
@@ -85,14 +88,29 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
             # Not "< 1e-12": a NaN is the optimizer step's to refuse and count.
             variation = sums["text/ratio_variation"] + sums.get("image/ratio_variation", 0.0)
             assert update > 0 or not variation >= 1e-12, "ratio is not 1"
-            stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip, world)
+            bad = bad or first_bad_gradient(optimizer)
+            lost = not math.isfinite(sums["text/loss"] + sums.get("image/loss", 0.0))
+            stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip, world, skip=lost)
             skipped += int(stats["optim/skipped"])
+            if stats["optim/skipped"]:
+                bad = next(filter(None, world.gather(bad)), "a gradient's norm")
+                if world.main:
+                    print(f"step {step}, update {update + 1} is skipped, the {skipped}. of train.max_skipped="
+                          f"{config.train.max_skipped}: not finite is {bad}", file=sys.stderr, flush=True)
             metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
             if skipped > config.train.max_skipped:
-                raise ValueError(f"{skipped} updates had gradients that are not finite, the last at step {step}; lower "
-                                 "optim.*_lr in params, or resume from the last checkpoint")
+                raise ValueError(f"{skipped} updates had a loss or gradients that are not finite, the last at step {step}: "
+                                 f"{bad}; lower optim.*_lr in params, or resume from the last checkpoint")
         log(step, metrics | describe(rollouts, config, world), rollouts, rewards)
         save(step)
+
+
+def refuse_missing(share: float, what: str, config: Config) -> None:
+    """Raise ValueError where more rewards are missing than params allow; what was saved before is whole."""
+    if share > config.reward.max_missing:
+        raise ValueError(f"{share:.0%} of the rewards of {what} are missing, more than reward.max_missing="
+                         f"{config.reward.max_missing:.0%}: look at the reward's own log; once it answers again, the same "
+                         "command goes on from the last saved step")
 
 
 def draw_at(draw: Draw, step: int, purpose: str, *key: str | int):

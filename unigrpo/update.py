@@ -259,8 +259,8 @@ def rl_optimizer(experts: dict[str, dict[str, nn.Parameter]], config: OptimConfi
         experts: see `trainable_experts`. lr_scale: factor of both learning rates (adapters want larger ones).
     """
     rates = {"understanding": config.understanding_lr * lr_scale, "generation": config.generation_lr * lr_scale}
-    groups = [{"params": list(parameters.values()), "lr": rates[name], "name": name, "peak_lr": rates[name]}
-              for name, parameters in experts.items()]
+    groups = [{"params": list(parameters.values()), "lr": rates[name], "name": name, "peak_lr": rates[name],
+               "names": list(parameters)} for name, parameters in experts.items()]
     rounded = any(p.dtype != torch.float32 for parameters in experts.values() for p in parameters.values())
     return (MasterAdamW if rounded else torch.optim.AdamW)(groups, betas=config.betas, eps=config.eps,
                                                            weight_decay=config.weight_decay)
@@ -274,8 +274,31 @@ def schedule_factor(update: int, total: int, config: OptimConfig) -> float:
     return factor
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float, world: World = ALONE) -> dict[str, float]:
-    """Add up over processes, clip per expert, step unless a gradient is not finite.
+def first_not_finite(loss: Tensor, replay: Replay, batch: Batch) -> str:
+    """What of a micro-batch is not finite first, and of which prompts; "" if its loss is finite."""
+    if torch.isfinite(loss):
+        return ""
+    used = batch.text_weights > 0
+    for name, values in (("the advantage", batch.advantages[0]),
+                         ("the thinking's log-prob", torch.where(used, replay.text_log_probs, 0.0)),
+                         ("the image's velocity", replay.velocities)):
+        rows = (~values.detach().isfinite()).reshape(len(values), -1).any(dim=1)
+        if rows.any():
+            ids = dict.fromkeys(batch.rollouts.prompts[i].id for i in rows.nonzero().flatten().tolist())
+            return f"{name} of prompts {', '.join(ids)}"
+    return f"the loss of prompts {', '.join(dict.fromkeys(record.id for record in batch.rollouts.prompts))}"
+
+
+def first_bad_gradient(optimizer: torch.optim.Optimizer) -> str:
+    """The first parameter whose gradient is not finite, by name; "" if all are."""
+    return next((f"the gradient of {name}" for group in optimizer.param_groups
+                 for name, parameter in zip(group["names"], group["params"], strict=True)
+                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all()), "")
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float, world: World = ALONE, *,
+                   skip: bool = False) -> dict[str, float]:
+    """Add up over processes, clip per expert, step unless told to skip or a gradient is not finite.
 
     Returns: gradient norms, and `skipped` 0 or 1.
     """
@@ -284,7 +307,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: fl
         world.sum_gradients(group["params"])
         norms[f"{group['name']}/grad_norm"] = float(nn.utils.clip_grad_norm_(group["params"], max_norm))
         group["lr"] = group["peak_lr"] * factor
-    skipped = not all(math.isfinite(v) for v in norms.values())
+    skipped = skip or not all(math.isfinite(v) for v in norms.values())
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -182,7 +182,7 @@ def open_image(path: Path | None) -> Any:
 
 def run_settings(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     """Everything that decides what is drawn: a folder is only continued with the same."""
-    from unigrpo.checkpoint import file_digest
+    from unigrpo.digests import sha256_path
     from unigrpo.generate import READ_PROMPT, THINK_PROMPT, resolve_prompt
 
     if args.system_prompt is not None:  # the text, so that another file under the same name is another run
@@ -195,7 +195,7 @@ def run_settings(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]
     files = sorted(path for path in args.checkpoint.rglob("*") if path.is_file())  # adapters and autoencoder too
     stamp = [[path.relative_to(args.checkpoint).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {**settings, "files": stamp,  # 29 GB are not hashed here
-            "image_sha256": None if args.image is None else file_digest(args.image),
+            "image_sha256": None if args.image is None else sha256_path(args.image),
             "prompts": prompts}
 
 

@@ -81,7 +81,7 @@ def read_verdicts(path: Path) -> pd.DataFrame:
         verdicts = pd.read_parquet(path, engine="pyarrow")
     except FileNotFoundError:
         raise
-    except (ValueError, OSError) as error:                      # pyarrow's ArrowInvalid is a ValueError
+    except Exception as error:                                  # of a damaged file, anything: KeyError, ArrowInvalid, ...
         raise ValueError(f"{path} is no whole Parquet file ({error}); restore it with `dvc checkout`, "
                          "or evaluate again") from error
     return _with_types(verdicts, str(path))
@@ -118,7 +118,10 @@ def read_outcomes(path: Path, *, empty: bool = False) -> pd.DataFrame:
     Raises: FileNotFoundError; ValueError naming the file, the line and what was wanted, if the file was cut, columns are
         missing, a value is no count, counts contradict each other, or a prompt occurs twice in a cell.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: wanted text in UTF-8 ({error})" + _REMEDY) from error
     lines = text.splitlines()
     header = ",".join(OUTCOME_COLUMNS)
     if not lines or lines[0] != header:
@@ -130,13 +133,16 @@ def read_outcomes(path: Path, *, empty: bool = False) -> pd.DataFrame:
                          f"{len(OUTCOME_COLUMNS)} fields" + _REMEDY)
     if len(lines) == 1 and not empty:
         raise ValueError(f"{path} line 2: the file holds no outcome, wanted one line a prompt and cell" + _REMEDY)
-    for number, fields in enumerate(csv.reader(io.StringIO(text)), start=1):
-        if len(fields) != len(OUTCOME_COLUMNS):
-            raise ValueError(f"{path} line {number}: wanted {len(OUTCOME_COLUMNS)} fields ({header}), got {len(fields)}"
-                             + _REMEDY)
+    try:
+        for number, fields in enumerate(csv.reader(io.StringIO(text)), start=1):
+            if len(fields) != len(OUTCOME_COLUMNS):
+                raise ValueError(f"{path} line {number}: wanted {len(OUTCOME_COLUMNS)} fields ({header}), got {len(fields)}"
+                                 + _REMEDY)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}" + _REMEDY) from error
     frame = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
     for name in COUNT_COLUMNS:
-        _refuse(path, frame, ~frame[name].str.fullmatch(r"\d+"), f"wanted a count in {name}", name)
+        _refuse(path, frame, ~frame[name].str.fullmatch(r"[0-9]{1,15}"), f"wanted a count in {name}", name)
     numbers = pd.to_numeric(frame["graded_sum"], errors="coerce")
     _refuse(path, frame, ~numbers.map(math.isfinite), "wanted a number in graded_sum", "graded_sum")
     for name, choices in (("needs_reasoning", ("True", "False")), ("cfg", CFG), ("thinking", THINKING)):
@@ -234,9 +240,13 @@ def _with_types(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     for name, choices in (("cfg", CFG), ("thinking", THINKING)):
         if not (known := frame[name].isin(choices)).all():
             raise ValueError(f"{where}: wanted {name} in {', '.join(choices)}, got {frame[name][~known].iloc[0]!r}")
-    if not (finite := frame["graded"].map(math.isfinite)).all():
+    try:
+        finite, typed = frame["graded"].map(math.isfinite), frame[list(VERDICT_COLUMNS)].astype(VERDICT_COLUMNS)
+    except Exception as error:
+        raise ValueError(f"{where}: the columns must have the types {VERDICT_COLUMNS} ({error})") from error
+    if not finite.all():
         raise ValueError(f"{where}: wanted finite graded scores, got {frame['graded'][~finite].iloc[0]}")
-    return frame[list(VERDICT_COLUMNS)].astype(VERDICT_COLUMNS)
+    return typed
 
 
 def _named(frame: pd.DataFrame, chosen: pd.Series, columns: list[str]) -> str:

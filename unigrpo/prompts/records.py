@@ -66,7 +66,7 @@ def parse_record(line: str, where: str) -> PromptRecord:
     """
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: wanted one complete JSON object a line, got {line.strip()[-60:]!r} ({error}); "
                          "was the file cut off?") from error
     _check(isinstance(data, dict), where, "a JSON object", data)
@@ -97,9 +97,13 @@ def read_records(path: Path) -> list[PromptRecord]:
     """
     records: list[PromptRecord] = []
     seen: dict[str, int] = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with Path(path).open("rb") as file:
+        for number, data in enumerate(file, start=1):
             where = f"{path}, line {number}"
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: wanted text in UTF-8, got {data[error.start:error.start + 8]!r}") from error
             record = parse_record(line, where)
             _check(record.id not in seen, where, "an id of its own", f"{record.id} of line {seen.get(record.id)}")
             seen[record.id] = number

@@ -101,7 +101,7 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
         restore_optimizers(optimizers, tensors["optimizer"])
         stage.restore(state)
         start = int(state["step"])
-    stage.begin("", settings.steps, start)
+    stage.begin("", settings.steps, start, stepwise=True)
 
     def log(step: int, metrics: dict[str, float]) -> None:
         if step % settings.log_every == 0 or step == settings.steps - 1:
@@ -110,8 +110,11 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
             stage.progress.step(step + 1)
 
     def save(step: int) -> None:
-        if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps):
+        leaving = stage.asked_to_leave()
+        if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or leaving):
             save_training_state(stage.folder, step + 1, policy.model, optimizers, stage.state())
+        if leaving:
+            stage.leave(step + 1)
 
     train_supervised(policy, optimizers, batches, settings, log=log, save=save, start_step=start, world=stage.world)
     if settings.activation_checkpointing:

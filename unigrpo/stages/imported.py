@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo.schema import Config
+from unigrpo.sealed import MANIFEST, seal
 
 # What a run chooses and no tensor depends on: taken from params, whatever the checkpoint's config.json says.
 CHOSEN = ("image_size", "timestep_shift", "min_sigma", "initializer_range", "attention_dropout")
@@ -43,6 +44,8 @@ def import_base(source: Path, folder: Path, config: Config) -> dict[str, float]:
     settings |= {name: getattr(config.model, name) for name in CHOSEN}
     (folder / "config.json").unlink()  # a link: the source keeps its own
     (folder / "config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    seal(folder)
     return {"model/files": float(files), "model/bytes": float(size)}
 
 

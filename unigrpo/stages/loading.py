@@ -13,6 +13,7 @@ from unigrpo.checkpoint import SOURCE_FILE, load_autoencoder, load_checkpoint, s
 from unigrpo.checks import check_checkpoint
 from unigrpo.rollout import BagelPolicy
 from unigrpo.schema import Config
+from unigrpo.sealed import seal, sync
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -52,17 +53,24 @@ def load_policy(folder: Path, config: Config, *, dtype: torch.dtype | None = Non
 def save_policy(folder: Path, policy: BagelPolicy, *, origin: Path | None = None) -> None:
     """Write a checkpoint folder: weights under official keys, autoencoder/ and adapter/ beside them where there are any.
 
-    Adapters are not merged: the weights keep the bytes they were loaded with.
+    Adapters are not merged: the weights keep the bytes they were loaded with. The folder takes its name when all of it is on
+    the disk; its manifest holds the sha256 of every file, which `load_policy` compares.
 
     Args:
         origin: the checkpoint that was trained. Where it was imported, the record of its release goes along, so that an
             export can name the repository.
     """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     with detached(policy.model):
-        save_checkpoint(folder, policy.model, policy.tokenizer)
+        save_checkpoint(partial, policy.model, policy.tokenizer)
     if policy.autoencoder is not None:
-        policy.autoencoder.save(folder / "autoencoder")
+        policy.autoencoder.save(partial / "autoencoder")
     if has_adapters(policy.model):
-        save_adapter(folder / "adapter", policy.model)
+        save_adapter(partial / "adapter", policy.model)
     if origin is not None and (origin / SOURCE_FILE).is_file():
-        shutil.copyfile(origin / SOURCE_FILE, folder / SOURCE_FILE)
+        shutil.copyfile(origin / SOURCE_FILE, partial / SOURCE_FILE)
+    seal(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    sync(folder.parent)

@@ -21,8 +21,10 @@ from PIL import Image
 from unigrpo.config import Config, load_config
 from unigrpo.distributed import ALONE, World, join, leave
 from unigrpo.evaluation.outcomes import significant, write_metrics
+from unigrpo.preemption import PREEMPTED, Notice, Preempted, notice_of_sigterm
 from unigrpo.progress import Progress
 from unigrpo.resume import resume_folder, resume_path
+from unigrpo.sealed import sync
 from unigrpo.stages import SHARED
 from unigrpo.tracking import SilentTracker, Tracker, track
 
@@ -49,9 +51,15 @@ class Session:
     gallery: list[dict[str, Any]] = field(default_factory=list)
     progress: Progress | None = None
     world: World = ALONE
+    notice: Notice = field(default_factory=Notice)
 
-    def begin(self, what: str, total: int, start: int = 0, unit: str = "steps") -> None:
-        """Show progress towards `total` steps, or whatever `unit` says."""
+    def begin(self, what: str, total: int, start: int = 0, unit: str = "steps", *, stepwise: bool = False) -> None:
+        """Show progress towards `total` steps, or whatever `unit` says.
+
+        Args:
+            stepwise: from now on the stage looks at `asked_to_leave` after every step, and SIGTERM waits for that.
+        """
+        self.notice.stepwise = stepwise
         if self.world.main:
             self.progress = Progress(f"{self.name} {what}".strip(), total, start=start, unit=unit)
 
@@ -63,13 +71,35 @@ class Session:
         if self.progress is not None:
             self.progress.step(step + 1, **shown)
 
+    def asked_to_leave(self) -> bool:
+        """Whether SIGTERM has asked for the stage's end, in any of its processes."""
+        return self.world.max({"given": float(self.notice.given)})["given"] > 0
+
+    def leave(self, steps: int) -> None:
+        """End the process with status 75; the state after `steps` steps must be saved."""
+        self.world.wait()
+        if not self.world.main:
+            raise Preempted
+        print(f"{self.name}: asked to leave (SIGTERM); the state after step {steps} is saved, and the same command goes on "
+              f"from there (exit status {PREEMPTED})", file=sys.stderr, flush=True)
+        raise Preempted
+
     def state(self) -> dict[str, Any]:
-        """What a resumed session needs of this one."""
+        """What a resumed session needs of this one. What the tracker was told so far is on the disk before it."""
+        self.tracker.sync()
         return {"curves": self.curves, "gallery": self.gallery}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier session's state."""
+        """Go on from an earlier session's state. Raises ValueError naming a picture of its gallery that is not whole."""
         self.curves, self.gallery = list(state["curves"]), list(state["gallery"])
+        for row in self.gallery:
+            path = self.folder / "gallery" / row["image"]
+            try:
+                with Image.open(path) as picture:
+                    picture.verify()
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"{path} is a picture of an interrupted run and is damaged ({error}); remove {self.folder} to "
+                                 "start that run again") from error
 
     def add_pictures(self, images: np.ndarray, rows: Sequence[dict[str, Any]]) -> None:
         """Keep pictures with their rows (step, prompt, thinking, ...) for the gallery.
@@ -84,6 +114,7 @@ class Session:
         for image, row in zip(images, rows, strict=True):
             name = f"{len(self.gallery):05d}.png"
             save_picture(image, pictures / name)
+            sync(pictures / name)
             self.gallery.append({**row, "image": name})
 
     def write(self, summary: Mapping[str, float]) -> dict[str, float]:
@@ -117,10 +148,10 @@ def session(stage: str, name: str, *, scale: str, output: str, inputs: Sequence[
     torch.set_num_threads(config.compute.threads)
     world = join(config.compute.processes, config.compute.device) if stage in SHARED else ALONE
     folder, values = writable(root / output) if world.main else root / output, config.model_dump(mode="json")
-    with together(world), held(world, root, stage, name, values, inputs) as resume, \
+    with notice_of_sigterm() as notice, together(world), held(world, root, stage, name, values, inputs) as resume, \
             told(world, stage, name, values, provenance, root, resume) as tracker:
         try:
-            yield Session(config, folder, resume, tracker, f"{stage} {name}", world=world)
+            yield Session(config, folder, resume, tracker, f"{stage} {name}", world=world, notice=notice)
         except KeyboardInterrupt:
             if world.main:
                 print(f"{stage} {name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from unigrpo.adapters import AdapterState, add_lora, has_adapters
@@ -29,7 +30,7 @@ from unigrpo.seeding import generator, shuffled_index
 from unigrpo.stages.loading import DTYPES, load_policy, save_policy
 from unigrpo.stages.session import Session, session, tail_mean
 from unigrpo.stages.watch import Lookout, good_folder, keep_good, look, reward_functions, since_last_probe, watch
-from unigrpo.train import train
+from unigrpo.train import refuse_missing, train
 from unigrpo.types import PromptRecord, Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 
@@ -56,13 +57,14 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
         records = read_records(root / prompts / "train.jsonl")
         probes = read_records(root / prompts / "validation.jsonl")[:config.train.probe_prompts]
         lookout = Lookout(probes, rewards, sentinel, good_folder(root, f"{scale}-{run}-{seed}"))
-        stage.begin("", config.train.num_steps, start)
+        stage.begin("", config.train.num_steps, start, stepwise=True)
         policy.model.train()
         if config.train.activation_checkpointing:
             policy.model.activation_checkpointing_enable()
         train(policy, optimizer, partial(step_prompts, records, config), partial(rewards_of, policy, rewards), config,
               draw=partial(generator, config.seed), log=partial(record, stage, policy, lookout),
-              save=partial(save, stage, policy, optimizer, sentinel), start_step=start, world=stage.world)
+              save=partial(save, stage, policy, optimizer, sentinel), start_step=start, skipped=skipped_updates(stage.curves),
+              world=stage.world)
         policy.model.eval()
         if stage.world.main:
             save_policy(stage.output / "checkpoint", policy, origin=root / sft)
@@ -117,13 +119,21 @@ def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer
 
 
 def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, sentinel: Sentinel, step: int) -> None:
-    """Save the training state every train.checkpoint_every steps, and at the end."""
-    settings = stage.config.train
-    if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps):
+    """Save the training state every train.checkpoint_every steps, at the end, and where the process is asked to leave."""
+    settings, leaving = stage.config.train, stage.asked_to_leave()
+    if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps or leaving):
         save_training_state(stage.folder, step + 1, trained_part(policy), [optimizer],
                             {**stage.state(), "sentinel": sentinel.state(),
                              "reference": weights_digest(policy.reference_weights)},
                             extra=policy.reference_weights)
+    if leaving:
+        stage.leave(step + 1)
+
+
+def skipped_updates(curves: Sequence[Mapping[str, float]]) -> int:
+    """Updates that an interrupted run has skipped so far."""
+    return int(sum(value for row in curves for name, value in row.items()
+                   if name.startswith("update_") and name.endswith("/optim/skipped")))
 
 
 def step_prompts(records: Sequence[PromptRecord], config: Config, step: int) -> list[PromptRecord]:
@@ -172,6 +182,7 @@ def probe(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int,
     sentinel = lookout.sentinel
     seen = look(policy, lookout.prompts, stage.config, samples=PROBE_SAMPLES, seed=PROBE_SEED, rewards=lookout.rewards,
                 world=stage.world)
+    refuse_missing(float(np.isnan(seen.rewards).mean()), f"the probe of step {step}", stage.config)
     found, alarms = watch(seen, sentinel, step, [*since_last_probe(stage.curves), metrics], lookout.rewards)
     if stage.world.main and stage.config.train.sentinel.keep_good and sentinel.good == step:
         keep_good(lookout.good, policy, step)
