@@ -131,9 +131,9 @@ def test_a_disk_without_room_for_three_states_trains_with_two(whole, root, monke
     assert "no room for a third training state; state.old is removed for it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("call", [1, 3, 4, 6])
+@pytest.mark.parametrize("call", [1, 3, 4])
 def test_a_reward_that_dies_stops_the_run_and_nothing_is_lost(whole, root, monkeypatch, call):
-    """In a step, or where the gallery or a probe asks for rewards: no number of the run is missing for it."""
+    """In a step, or where a probe asks for rewards: no number of the run is missing for it."""
     def dead(original, *args, **kwargs):
         for record in (found := original(*args, **kwargs)):
             record.value.fill_(float("nan"))
