@@ -30,6 +30,9 @@ class StageFlow(FlowSpec):
 def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
     """The one thing a step does: call the stage function of the library. A user's mistake ends as one line, not as a
     traceback through Metaflow."""
+    from unigrpo.tracking import start_courier
+
+    start_courier(ROOT)
     from unigrpo.stages import run_stage
 
     known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}

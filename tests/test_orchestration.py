@@ -187,7 +187,7 @@ def test_no_out_is_left_out_of_the_cache():
 # -------------------------------------------------------------------------------------------------------------- imports
 
 LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_model", "seeding", "digests",
-              "stages"},  # `stages`: names only
+              "courier", "stages"},  # `stages`: names only
           1: {"tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "update", "mismatch", "cost", "checkpoint",
@@ -305,6 +305,7 @@ def test_a_flow_calls_one_stage_function(stage):
     assert text.count(f'call_stage(self, "{stage}")') == text.count("call_stage(self") == 1
     assert ("@card" in text) == (stage in ("train", "evaluate"))
     assert ("@resources" in text) == (stage in ("base", "sft", "train", "evaluate"))
+    assert text.count("@step") == 1  # every further step starts Python and Metaflow once more, 0.3 s each
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert ast.get_docstring(node), node.name
