@@ -250,6 +250,13 @@ def test_help_is_quick():
     assert done.stdout.strip() == "[]"
 
 
+def test_dvc_reads_yaml_in_c():
+    """Without it a `dvc repro` that finds nothing to do takes 3.5 s in place of 2.1 s, most of it reading YAML in Python."""
+    from ruamel.yaml import YAML
+
+    assert YAML(typ="safe").Parser.__name__ == "CParser", "pip install -c constraints.txt ruamel.yaml.clib"
+
+
 # ------------------------------------------------------------------------------------------------------------- launcher
 
 def test_the_environment_of_a_stage_does_not_come_from_the_shell(launch):
