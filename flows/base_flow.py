@@ -11,21 +11,11 @@ from process import die_with_parent
 class BaseFlow(StageFlow):
     """The base model: trained from scratch on rendered scenes."""
 
-    @step
-    def start(self):
-        """Nothing to prepare: the launcher has checked name, params and inputs."""
-        self.next(self.base)
-
     @resources(**wanted())
     @step
     def base(self):
         """The base model: trained from scratch on rendered scenes."""
         self.metrics = call_stage(self, "base")
-        self.next(self.end)
-
-    @step
-    def end(self):
-        """The stage's outputs lie in the workspace, where DVC takes them from."""
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
     """The one thing a step does: call the stage function of the library. A user's mistake ends as one line, not as a
     traceback through Metaflow."""
     from unigrpo.stages import run_stage
+    from unigrpo.tracking import start_courier
 
     known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
     try:
         if (processes := processes_of(stage, str(flow.item))) > 1:
             return run_together(stage, str(flow.item), known, processes)
+        start_courier(ROOT)
         return run_stage(stage, str(flow.item), ROOT, known)
     except ValueError as error:
         if os.environ.get("UNIGRPO_TRACEBACK"):

@@ -11,11 +11,6 @@ from process import die_with_parent
 class EvaluateFlow(StageFlow):
     """The benchmark of one checkpoint: verdicts, outcomes, metrics, samples."""
 
-    @step
-    def start(self):
-        """Nothing to prepare: the launcher has checked name, params and inputs."""
-        self.next(self.evaluate)
-
     @resources(**wanted())
     @card(type="blank")
     @step
@@ -23,11 +18,6 @@ class EvaluateFlow(StageFlow):
         """The benchmark of one checkpoint: verdicts, outcomes, metrics, samples."""
         self.metrics = call_stage(self, "evaluate")
         fill_card(self, "evaluate", gallery="samples")
-        self.next(self.end)
-
-    @step
-    def end(self):
-        """The stage's outputs lie in the workspace, where DVC takes them from."""
 
 
 if __name__ == "__main__":

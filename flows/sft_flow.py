@@ -11,21 +11,11 @@ from process import die_with_parent
 class SftFlow(StageFlow):
     """The warm-up on (prompt, thinking, image)."""
 
-    @step
-    def start(self):
-        """Nothing to prepare: the launcher has checked name, params and inputs."""
-        self.next(self.sft)
-
     @resources(**wanted())
     @step
     def sft(self):
         """The warm-up on (prompt, thinking, image)."""
         self.metrics = call_stage(self, "sft")
-        self.next(self.end)
-
-    @step
-    def end(self):
-        """The stage's outputs lie in the workspace, where DVC takes them from."""
 
 
 if __name__ == "__main__":

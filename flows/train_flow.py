@@ -11,11 +11,6 @@ from process import die_with_parent
 class TrainFlow(StageFlow):
     """UniGRPO: thinking and image trained by one reward."""
 
-    @step
-    def start(self):
-        """Nothing to prepare: the launcher has checked name, params and inputs."""
-        self.next(self.train)
-
     @resources(**wanted())
     @card(type="blank")
     @step
@@ -23,11 +18,6 @@ class TrainFlow(StageFlow):
         """UniGRPO: thinking and image trained by one reward."""
         self.metrics = call_stage(self, "train")
         fill_card(self, "train", gallery="gallery")
-        self.next(self.end)
-
-    @step
-    def end(self):
-        """The stage's outputs lie in the workspace, where DVC takes them from."""
 
 
 if __name__ == "__main__":

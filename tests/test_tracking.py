@@ -7,7 +7,10 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
+
+import pytest
 
 from unigrpo.tracking import Journal, track
 
@@ -20,7 +23,7 @@ def rows(root: Path, query: str) -> list[tuple]:
         return connection.execute(query).fetchall()
 
 
-def test_a_tracker_that_is_down_never_stops_a_stage_and_gets_all_later(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_is_down_never_stops_a_stage_and_gets_all_later(tmp_path, monkeypatch, capfd):
     (tmp_path / "gallery").mkdir()
     (tmp_path / "gallery" / "gallery.json").write_text("[]")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
@@ -28,7 +31,7 @@ def test_a_tracker_that_is_down_never_stops_a_stage_and_gets_all_later(tmp_path,
         tracker.log_metrics(0, {"reward/mean": 0.25, "text/entropy": float("nan")})
         tracker.log_metrics(1, {"reward/mean": 0.5})
         tracker.log_artifacts(tmp_path / "gallery")
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.count("does not answer") == 1
     assert not (tmp_path / "mlflow.db").exists()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -114,3 +117,46 @@ def test_four_first_users_of_a_cold_database(tmp_path):
     users = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"x{i}"], cwd=ROOT) for i in range(4)]
     assert [user.wait() for user in users] == [0, 0, 0, 0]
     assert rows(tmp_path, "select count(*), count(distinct experiment_id) from runs where status = 'FINISHED'") == [(4, 1)]
+
+
+BESIDE = """
+import os, signal, sys
+from pathlib import Path
+from unigrpo.tracking import COURIERS, start_courier, track
+root, what = Path(sys.argv[1]), sys.argv[2]
+start_courier(root)
+courier, = COURIERS.values()
+with track("train", "x", {"scale": "smoke", "seed": 0}, {}, root) as tracker:
+    tracker.log_metrics(0, {"reward/mean": 0.5})
+    tracker.send(wait=False)
+    if what == "courier dies":
+        courier.process.kill()
+    if what == "stage dies":
+        tracker.send()
+        print(courier.process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    tracker.log_metrics(1, {"reward/mean": 0.75})
+assert courier.process.poll() is not None
+print("mlflow" in sys.modules, tracker.down)
+"""
+
+
+@pytest.mark.parametrize(("what", "here"), [("nothing", "False"), ("courier dies", "True")])
+def test_another_process_sends_and_where_it_dies_this_one_does(tmp_path, what, here):
+    """`here`: whether MLflow was loaded by the stage's own process."""
+    done = subprocess.run([sys.executable, "-c", BESIDE, str(tmp_path), what], cwd=ROOT, text=True, capture_output=True)
+    assert (done.returncode, done.stdout.split()) == (0, [here, "False"]), done.stderr
+    assert rows(tmp_path, "select name, status from runs") == [("train/x", "FINISHED")]
+    assert sorted(rows(tmp_path, "select step, value from metrics where key = 'reward/mean'")) == [(0, 0.5), (1, 0.75)]
+
+
+def test_a_killed_stage_leaves_no_courier_behind(tmp_path):
+    done = subprocess.run([sys.executable, "-c", BESIDE, str(tmp_path), "stage dies"], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE)  # communicate() returns when the last holder of the pipe is gone
+    assert done.returncode == -9
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while (stat := Path(f"/proc/{pid}/stat")).exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the courier outlived its stage"
+        time.sleep(0.05)
+    assert rows(tmp_path, "select status from runs") == [("RUNNING",)]

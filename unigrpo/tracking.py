@@ -7,10 +7,12 @@ lies in its resume folder; the run that goes on from there reopens the same MLfl
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from unigrpo.courier import DELIVERED, DOWN, SEND, SEND_PENDING, Courier
 from unigrpo.digests import flatten
 from unigrpo.resume import STATE
 from unigrpo.sealed import sync
@@ -33,6 +36,7 @@ TEXT_LIMIT = 6000      # characters of a param; MLflow cuts longer ones
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
         "inputs_sha256": "inputs.sha256", "dvc_lock_sha256": "dvc.lock.sha256 at the start",
         "metaflow_pathspec": "metaflow.pathspec"}
+COURIERS: dict[Path, Courier] = {}  # by root; taken by the next `track`
 
 
 def store_uri(root: Path) -> str:
@@ -198,6 +202,7 @@ class Tracker:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self.client: Any = None
+        self.courier: Courier | None = None  # where there is one, it sends; else this process does
         self.down = False
         self.last = time.monotonic()
 
@@ -209,7 +214,7 @@ class Tracker:
             finite["tracking/not_finite"] = float(len(numbers) - len(finite))
         self.journal.append("metrics", step=step, values=finite)
         if not self.down and time.monotonic() - self.last > SEND_EVERY:
-            self.send()
+            self.send(wait=False)
 
     def log_artifacts(self, path: Path | str, to: str | None = None) -> None:
         """A file, or a folder such as a gallery of (prompt, thinking, image); `to` is its place in the run. The path must
@@ -235,10 +240,13 @@ class Tracker:
         if self.journal.path.is_file():
             sync(self.journal.path)
 
-    def send(self, *, pending: bool = False) -> None:
-        """Send to MLflow; if it does not answer, say so once and leave the records where they are."""
+    def send(self, *, pending: bool = False, wait: bool = True) -> None:
+        """Send to MLflow; if it does not answer, say so once and leave the records where they are. `wait=False`: a courier is
+        asked and nobody waits for it."""
         self.last = time.monotonic()
         try:
+            if self.courier is not None and self.hand_over(SEND_PENDING if pending else SEND, wait):
+                return
             if self.client is None:
                 self.client = open_client(self.journal.root)
             self.journal.send(self.client)
@@ -252,6 +260,50 @@ class Tracker:
                       f"records stay in {self.journal.path} and are sent by the next stage that finds it up",
                       file=sys.stderr, flush=True)
             self.down = True
+
+    def hand_over(self, request: str, wait: bool) -> bool:
+        """Let the courier send; it says itself what goes wrong. Returns False if it is gone: this process sends from now on."""
+        assert self.courier is not None
+        try:
+            if wait:
+                self.down = not self.courier.deliver(request, self.journal.key)
+            else:
+                self.courier.ask(request, self.journal.key)
+        except OSError:
+            self.courier.end()
+            self.courier = None
+            return False
+        return True
+
+
+def start_courier(root: Path) -> None:
+    """Let another process send what the next `track` of this root records. Called before a stage's imports, it has MLflow
+    loaded by the time they are done."""
+    try:
+        COURIERS[root.resolve()] = Courier(root)
+    except OSError:
+        pass  # no process can be started: this one sends
+
+
+def carry(root: str) -> None:
+    """A courier's own process: load MLflow and open its store while the stage works, then send whenever a line asks for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage, whose last records are still to be sent
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG: nothing is sent for a stage that is dead
+    answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not answer for us
+    warnings.simplefilter("ignore")
+    try:
+        client = open_client(Path(root))
+    except Exception:  # tried again, and told, when there is something to send
+        client = None
+    trackers: dict[str, Tracker] = {}
+    for line in sys.stdin:
+        request, key = line.split()
+        if key not in trackers:
+            trackers[key] = Tracker(Journal(Path(root), key))
+            trackers[key].client = client
+        trackers[key].send(pending=request == SEND_PENDING)
+        print(DOWN if trackers[key].down else DELIVERED, file=answers, flush=True)
 
 
 class SilentTracker(Tracker):
@@ -275,7 +327,7 @@ class SilentTracker(Tracker):
     def sync(self) -> None:
         """Told by the main process."""
 
-    def send(self, *, pending: bool = False) -> None:
+    def send(self, *, pending: bool = False, wait: bool = True) -> None:
         """Told by the main process."""
 
 
@@ -334,6 +386,7 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
             journal.mend()
             journal.append("tags", tags=tags | {"resumed": "true"})
         tracker = Tracker(journal)
+        tracker.courier = COURIERS.pop(root.resolve(), None)
         status = "FAILED"
         try:
             yield tracker
@@ -349,3 +402,5 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tracker.send(pending=True)
+            if tracker.courier is not None:
+                tracker.courier.end()

@@ -26,8 +26,11 @@ def main(arguments: list[str]) -> int:
     if sys.platform == "linux":  # a killed agent leaves no trainer behind; 1 = PR_SET_PDEATHSIG
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
     from unigrpo.stages import run_stage
+    from unigrpo.tracking import start_courier
 
     root = Path(os.environ.get("UNIGRPO_ROOT") or ".")
+    if int(os.environ.get("RANK", "0")) == 0:
+        start_courier(root)
     try:
         run_stage(arguments[0], arguments[1], root, json.loads(os.environ.get(PROVENANCE) or "{}"))
     except ValueError as error:
