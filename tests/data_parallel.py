@@ -83,7 +83,7 @@ def supervise(world: World, micro_batch: int) -> tuple[dict[str, torch.Tensor], 
         texts = [Example((), caption_text(scene, rng) if i % 3 else None) for i, scene in enumerate(scenes)]
         return collate(policy, texts, render(scenes, rng), rng, images_per_text=2)
 
-    train_supervised(policy, supervised_optimizers(policy.model, config.sft), batch, config.sft,
+    train_supervised(policy, supervised_optimizers(policy.model, config.sft, world), batch, config.sft,
                      log=lambda step, metrics: rows.append(metrics), save=lambda step: None, world=world)
     return {f"supervised/{name}": p.detach() for name, p in policy.model.named_parameters()}, rows
 

@@ -55,7 +55,9 @@ def replay_flops(config: MoTConfig, *, rollouts: int, text_tokens: float, thinki
 def reinforcement_flops(model: MoTConfig, config: Config, *, rollouts: int, prompts: int, prompt_tokens: float,
                         thinking_tokens: float, model_calls: int, reference: float, images: float = 1.0,
                         dropped_tokens: float = 0.0) -> float:
-    """FLOPs of RL: sampling, and for every rollout a replay for the anchors, one with the backward pass, one of the reference.
+    """FLOPs of RL: sampling, and replays for the anchors, with the backward pass, and of the reference.
+
+    Steps that measure anchor every rollout, the others those of the later updates: the first one's replay is its anchor.
 
     Args:
         prompt_tokens, thinking_tokens, dropped_tokens: a rollout, on average; dropped: of guidance's text-dropped context.
@@ -74,4 +76,6 @@ def reinforcement_flops(model: MoTConfig, config: Config, *, rollouts: int, prom
     # What is frozen needs no backward pass: the text where its experts are, the images where the loss has none.
     image_loss = config.objective.image.weight > 0 or config.objective.image.regularizer != "none"
     trained = (whole if image_loss else text) - (0.0 if "understanding" in config.train.experts else text)
-    return sampling + (1 + reference + 1) * replay + 2 * trained
+    later, measuring = 1 - 1 / config.train.updates_per_rollout, 1 / config.train.monitor_every
+    anchors = measuring + (1 - measuring) * later
+    return sampling + (anchors + reference + 1) * replay + 2 * trained

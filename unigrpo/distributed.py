@@ -7,7 +7,7 @@ rounding alone. All weights are on every process, and gradients are added up bef
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -62,6 +62,14 @@ class World:
         parts = [torch.empty_like(rows, device=self.device) for _ in range(self.size)]
         dist.all_gather(parts, rows.to(self.device).contiguous())
         return torch.cat(parts).to(rows.device)
+
+    def on_shares(self, work: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
+        """`work` (N, ...) -> (N, ...), item by item, each process on its share; the whole result everywhere."""
+        if self.size == 1 or len(items) < self.size:
+            return work(items)
+        each = -(-len(items) // self.size)
+        own = work(items[self.rank * each:(self.rank + 1) * each])
+        return self.gather_rows(torch.cat([own, own.new_zeros(each - len(own), *own.shape[1:])]))[:len(items)]
 
     def gather(self, value: T) -> list[T]:
         """Any value of every process, in the order of ranks. It travels between processes of this stage only."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from unigrpo.distributed import ALONE, World
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: steepest at zero, singular values end in about [0.7, 1.2]
 ITERATIONS = 5
 
@@ -43,11 +45,13 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         parameters: matrices. lr: learning rate. momentum: Nesterov's, in [0, 1).
+        world: processes that share the work; all of them hold all matrices and equal gradients.
     Raises: ValueError for a parameter that is not a matrix.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float = 0.95, world: World = ALONE) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.world = world
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim != 2:
@@ -73,5 +77,5 @@ class Muon(torch.optim.Optimizer):
             average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             average.lerp_(p.grad, 1 - momentum)
             updates.append(p.grad.lerp(average, momentum))
-        for p, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+        for p, update in zip(parameters, self.world.on_shares(orthogonalize, torch.stack(updates)), strict=True):
             p.add_(update, alpha=-lr)

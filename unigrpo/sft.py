@@ -111,7 +111,7 @@ def supervised_losses(policy: BagelPolicy, batch: SupervisedBatch) -> tuple[Tens
                                     "text/tokens": float(batch.lengths.sum())}
 
 
-def supervised_optimizers(model: nn.Module, config: SupervisedConfig) -> list[torch.optim.Optimizer]:
+def supervised_optimizers(model: nn.Module, config: SupervisedConfig, world: World = ALONE) -> list[torch.optim.Optimizer]:
     """Muon on the layers' matrices (about 1.7x fewer steps than AdamW alone), AdamW on everything else, or on all.
 
     Fine-tuning a model that was trained with AdamW goes on with AdamW (config.optimizer).
@@ -123,7 +123,7 @@ def supervised_optimizers(model: nn.Module, config: SupervisedConfig) -> list[to
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon_lr))
+        optimizers.append(Muon(matrices, lr=config.muon_lr, world=world))
     optimizers.append(torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

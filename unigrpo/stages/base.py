@@ -93,7 +93,7 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
     policy.model.train()
     if settings.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
-    optimizers = supervised_optimizers(policy.model, settings)
+    optimizers = supervised_optimizers(policy.model, settings, stage.world)
     start = 0
     if (found := load_training_state(stage.folder)) is not None:
         state, tensors = found
