@@ -5,8 +5,6 @@ The trainer is handed a policy, a reward and callables that log and save; it imp
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,14 +16,12 @@ from unigrpo.credit import assign_credit
 from unigrpo.distributed import ALONE, World
 from unigrpo.mismatch import check_rollouts, mismatch_metrics
 from unigrpo.policy import Draw, UnifiedPolicy
+from unigrpo.tally import Tally, move_weights, report_skipped
 from unigrpo.types import PromptRecord, Reward, Rollouts
 from unigrpo.update import (
     anchor,
-    first_bad_gradient,
-    first_not_finite,
     minibatches,
     objective,
-    optimizer_step,
     own_prompts,
     schedule_factor,
     trains_images,
@@ -73,34 +69,17 @@ def train(policy: UnifiedPolicy, optimizer: torch.optim.Optimizer, prompts: Call
         for update, minibatch in enumerate(minibatches(rollouts, own, config, rows, world)):   # one optimizer step each
             factor = schedule_factor(step * updates + update, config.train.num_steps * updates, config.optim)
             decay = factor if config.objective.image.regularizer_decay else 1.0
-            sums: dict[str, float] = {}
-            bad = ""
+            tally = Tally()
             for batch in minibatch.micro_batches():                                       # carries its slice of the weights
                 replay = policy.replay(batch.rollouts, velocities=images)                 # one packed forward
                 if update == 0 and not checked:  # nothing has moved yet: the replay is its own anchor
                     batch = batch.anchored(replay, config, images=images)
                 loss, parts = objective(replay, batch, config, decay=decay, images=images, measure_gradients=monitored)
-                bad = bad or first_not_finite(loss, replay, batch)
                 loss.backward()
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-            sums = world.sum(sums)
-            # Not "< 1e-12": a NaN is the optimizer step's to refuse and count.
-            variation = sums["text/ratio_variation"] + sums.get("image/ratio_variation", 0.0)
-            assert update > 0 or not variation >= 1e-12, "ratio is not 1"
-            bad = bad or first_bad_gradient(optimizer)
-            lost = not math.isfinite(sums["text/loss"] + sums.get("image/loss", 0.0))
-            stats = finish(sums) | optimizer_step(optimizer, factor, config.optim.grad_clip, world, skip=lost)
-            skipped += int(stats["optim/skipped"])
-            if stats["optim/skipped"]:
-                bad = next(filter(None, world.gather(bad)), "a gradient's norm")
-                if world.main:
-                    print(f"step {step}, update {update + 1} is skipped, the {skipped}. of train.max_skipped="
-                          f"{config.train.max_skipped}: not finite is {bad}", file=sys.stderr, flush=True)
+                tally.add(loss, parts, replay, batch)
+            stats = move_weights(optimizer, tally, factor, config, world, first=update == 0)
+            skipped += report_skipped(stats, tally, skipped, f"step {step}, update {update + 1}", config, world)
             metrics |= {f"update_{update + 1}/{name}": value for name, value in stats.items()} | stats
-            if skipped > config.train.max_skipped:
-                raise ValueError(f"{skipped} updates had a loss or gradients that are not finite, the last at step {step}: "
-                                 f"{bad}; lower optim.*_lr in params, or resume from the last checkpoint")
         log(step, metrics | describe(rollouts, config, world), rollouts, rewards)
         save(step)
 
@@ -116,15 +95,6 @@ def refuse_missing(share: float, what: str, config: Config) -> None:
 def draw_at(draw: Draw, step: int, purpose: str, *key: str | int):
     """The generator of a purpose at a step."""
     return draw(purpose, step, *key)
-
-
-def finish(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over micro-batches to what is logged: roots of mean squares, and the penalty's share of the gradient."""
-    out = {name: math.sqrt(value) if "rms" in name else value for name, value in sums.items() if "squared" not in name}
-    if sums.get("image/policy_gradient_squared", 0.0) > 0:  # 0 where no group of the update has two different rewards
-        policy, penalty = (math.sqrt(sums[f"image/{part}_gradient_squared"]) for part in ("policy", "penalty"))
-        out["image/penalty_gradient_ratio"] = penalty / policy
-    return out
 
 
 def penalised(config: Config) -> bool:

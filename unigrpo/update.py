@@ -274,28 +274,6 @@ def schedule_factor(update: int, total: int, config: OptimConfig) -> float:
     return factor
 
 
-def first_not_finite(loss: Tensor, replay: Replay, batch: Batch) -> str:
-    """What of a micro-batch is not finite first, and of which prompts; "" if its loss is finite."""
-    if torch.isfinite(loss):
-        return ""
-    used = batch.text_weights > 0
-    for name, values in (("the advantage", batch.advantages[0]),
-                         ("the thinking's log-prob", torch.where(used, replay.text_log_probs, 0.0)),
-                         ("the image's velocity", replay.velocities)):
-        rows = (~values.detach().isfinite()).reshape(len(values), -1).any(dim=1)
-        if rows.any():
-            ids = dict.fromkeys(batch.rollouts.prompts[i].id for i in rows.nonzero().flatten().tolist())
-            return f"{name} of prompts {', '.join(ids)}"
-    return f"the loss of prompts {', '.join(dict.fromkeys(record.id for record in batch.rollouts.prompts))}"
-
-
-def first_bad_gradient(optimizer: torch.optim.Optimizer) -> str:
-    """The first parameter whose gradient is not finite, by name; "" if all are."""
-    return next((f"the gradient of {name}" for group in optimizer.param_groups
-                 for name, parameter in zip(group["names"], group["params"], strict=True)
-                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all()), "")
-
-
 def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: float, world: World = ALONE, *,
                    skip: bool = False) -> dict[str, float]:
     """Add up over processes, clip per expert, step unless told to skip or a gradient is not finite.
