@@ -46,7 +46,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (\[\d+/\w+/\d+ \(pid \d+\)\] ?)?")  # Metaflow's, on every line
 CHATTER = re.compile("|".join((r"\s*$", "Workflow starting", "Task is starting", "Task finished successfully", "Done!$",
-                               "Flushing logs", r"Terminating \d", r"\[KILLED BY", r"Killing \d", "This failed task")))
+                               "Flushing logs", r"Terminating \d", r"\[KILLED BY", r"Killing \d", "This failed task",
+                               r"\d+ tasks? (is|are) running", "No tasks are waiting", r"\d+ steps? ha(s|ve) not started")))
 
 
 def git(*arguments: str) -> str | None:
