@@ -51,11 +51,12 @@ def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
 
 
 def processes_of(stage: str, item: str) -> int:
-    """How many processes share a stage: compute.processes where it is one of those that can be shared."""
+    """How many processes share a stage, where it is one of those that can be shared."""
     from unigrpo.config import load_config
     from unigrpo.stages import SHARED, parse_name
 
-    return load_config(parse_name(stage, item, ROOT).scale, root=ROOT).compute.processes if stage in SHARED else 1
+    job = parse_name(stage, item, ROOT)
+    return load_config(job.scale, run=job.run, root=ROOT).processes(stage) if stage in SHARED else 1
 
 
 def run_together(stage: str, item: str, known: dict[str, str], processes: int) -> dict[str, float]:

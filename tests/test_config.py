@@ -87,13 +87,13 @@ def test_group_of_one(root):
 
 def test_odd_updates_name_the_nearest_valid(root):
     change(root, "scales/tiny.yaml", "train", updates_per_rollout=3)
-    with pytest.raises(ValueError, match=r"prompts_per_step=16 must be a multiple of train\.updates_per_rollout=3.*\[12, 18\]"):
+    with pytest.raises(ValueError, match=r"prompts_per_step=16 must be a multiple of train\.updates_per_rollout=3.*\[15, 18\]"):
         load_config("tiny", root=root)
 
 
 def test_micro_batch_names_the_nearest_valid(root):
     change(root, "scales/tiny.yaml", "train", micro_batch=20)
-    with pytest.raises(ValueError, match=r"train\.micro_batch=20 must divide the 32 rollouts.*\[8, 16\]"):
+    with pytest.raises(ValueError, match=r"train\.micro_batch=20 must divide the 64 rollouts.*\[16, 32\]"):
         load_config("tiny", root=root)
 
 

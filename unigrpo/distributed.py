@@ -120,16 +120,16 @@ def _sum_bucket(gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def join(processes: int, device: str) -> World:
+def join(processes: int, device: str, *, key: str = "compute.processes") -> World:
     """This process's place among those that torch.distributed.run started, or alone.
 
     Args:
-        processes: compute.processes, what params ask for. device: compute.device.
+        processes: what params ask for, under `key`. device: compute.device.
     Raises: ValueError where another number was started.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != processes:
-        raise ValueError(f"compute.processes={processes} and {started} were started; the number is part of exactness: start "
+        raise ValueError(f"{key}={processes} and {started} were started; the number is part of exactness: start "
                          f"{processes} (python -m torch.distributed.run --nproc-per-node), or change the key in params")
     if processes == 1:
         return ALONE

@@ -229,15 +229,23 @@ class Config(Section):
                              f"{self.curate.validation}")
         return self
 
+    def processes(self, stage: str) -> int:
+        """How many processes share a stage."""
+        return self.train.processes or self.compute.processes if stage == "train" else self.compute.processes
+
+    def processes_key(self, stage: str) -> str:
+        """The key of params that says so."""
+        return "train.processes" if stage == "train" and self.train.processes else "compute.processes"
+
     def check_shares(self) -> None:
         """Updates and processes take equally many whole prompt groups, micro-batches equally many rollouts."""
-        prompts, updates, processes = (self.rollout.prompts_per_step, self.train.updates_per_rollout, self.compute.processes)
+        prompts, updates, processes = (self.rollout.prompts_per_step, self.train.updates_per_rollout, self.processes("train"))
         parts = updates * processes
         if prompts % parts:
             near = sorted({max(parts, prompts - prompts % parts), prompts + parts - prompts % parts})
             raise ValueError(f"rollout.prompts_per_step={prompts} must be a multiple of train.updates_per_rollout={updates} "
-                             f"times compute.processes={processes}: an update takes whole prompt groups, as many from each "
-                             f"process; the nearest valid values are {near}")
+                             f"times {self.processes_key('train')}={processes}: an update takes whole prompt groups, as many "
+                             f"from each process; the nearest valid values are {near}")
         rows = prompts // parts * self.rollout.group_size
         if rows % min(self.train.micro_batch, rows):
             valid = [d for d in range(1, rows + 1) if rows % d == 0]
@@ -245,7 +253,7 @@ class Config(Section):
             raise ValueError(f"train.micro_batch={self.train.micro_batch} must divide the {rows} rollouts of an update and "
                              f"process; the nearest valid values are {sorted(near_two)}")
         for section in ("base", "sft"):
-            texts = getattr(self, section).texts_per_step
+            texts, processes = getattr(self, section).texts_per_step, self.compute.processes
             if texts % processes:
                 near = sorted({max(processes, texts - texts % processes), texts + processes - texts % processes})
                 raise ValueError(f"{section}.texts_per_step={texts} must be a multiple of compute.processes={processes}; the "

@@ -189,6 +189,7 @@ class TrainConfig(Section):
     num_steps: Positive
     updates_per_rollout: Positive
     micro_batch: Positive
+    processes: Positive | None
     experts: tuple[Literal["understanding", "generation"], ...] = Field(min_length=1)
     precision: Literal["fp32", "bf16"]
     activation_checkpointing: bool

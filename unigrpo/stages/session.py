@@ -146,7 +146,7 @@ def session(stage: str, name: str, *, scale: str, output: str, inputs: Sequence[
     """
     config = load_config(scale, run=run, seed=seed or 0, root=root)
     torch.set_num_threads(config.compute.threads)
-    world = join(config.compute.processes, config.compute.device) if stage in SHARED else ALONE
+    world = join(config.processes(stage), config.compute.device, key=config.processes_key(stage)) if stage in SHARED else ALONE
     folder, values = writable(root / output) if world.main else root / output, config.model_dump(mode="json")
     with notice_of_sigterm() as notice, together(world), held(world, root, stage, name, values, inputs) as resume, \
             told(world, stage, name, values, provenance, root, resume) as tracker:
