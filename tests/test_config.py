@@ -93,7 +93,7 @@ def test_odd_updates_name_the_nearest_valid(root):
 
 def test_micro_batch_names_the_nearest_valid(root):
     change(root, "scales/tiny.yaml", "train", micro_batch=20)
-    with pytest.raises(ValueError, match=r"train\.micro_batch=20 must divide the 64 rollouts.*\[16, 32\]"):
+    with pytest.raises(ValueError, match=r"train\.micro_batch=20 must divide the 64 rollouts.*\[8, 16\]"):
         load_config("tiny", root=root)
 
 
