@@ -89,6 +89,17 @@ def test_dvc_has_its_own_name_for_the_experiments_report(stage, name, address):
     assert stage_address(stage, name) == address
 
 
+@pytest.mark.parametrize("name", sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "params").rglob("*.yaml")))
+def test_params_survive_an_experiment_of_dvc(tmp_path, name):
+    """`dvc exp run -S FILE:key=value` rewrites the file in its own style, without quotes; every value must stay what it is."""
+    from dvc.utils.serialize import modify_yaml
+
+    copy = shutil.copy2(ROOT / name, tmp_path / "copy.yaml")
+    with modify_yaml(str(copy)) as content:
+        content["of_a_test"] = 1
+    assert yaml.safe_load(copy.read_text()) == yaml.safe_load((ROOT / name).read_text()) | {"of_a_test": 1}
+
+
 # -------------------------------------------------------------------------------------------------------------- galleries
 
 def test_a_gallery_becomes_one_page(tmp_path):
