@@ -77,7 +77,8 @@ check: .venv/.stamp
 	@.venv/bin/mypy
 
 ui: store
-	@.venv/bin/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --default-artifact-root $(CURDIR)/mlartifacts --port $(PORT)
+	@.venv/bin/unigrpo store
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --default-artifact-root $(CURDIR)/mlartifacts --port $(PORT)
 
 lock-status: .venv/.stamp
 	@$(DVC) status

@@ -13,7 +13,7 @@ from typing import Any
 from metaflow import FlowSpec, Parameter, current
 
 ROOT = Path(os.environ.get("UNIGRPO_ROOT") or Path(__file__).resolve().parent.parent)
-PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
+PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_exp", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
 
 
 class StageFlow(FlowSpec):
@@ -24,6 +24,7 @@ class StageFlow(FlowSpec):
     git_commit = Parameter("git_commit", default="unknown", help="of the checkout that launched")
     git_dirty = Parameter("git_dirty", default="unknown", help="true, false or unknown")
     dvc_stage = Parameter("dvc_stage", default="unknown", help="as DVC names it")
+    dvc_exp = Parameter("dvc_exp", default="none", help="the experiment's name under `dvc exp run`")
     dvc_lock_sha256 = Parameter("dvc_lock_sha256", default="unknown", help="of dvc.lock as the stage started")
     params_sha256 = Parameter("params_sha256", default="unknown", help="of the resolved config")
     inputs_sha256 = Parameter("inputs_sha256", default="unknown", help="of the input files")
@@ -33,14 +34,17 @@ def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
     """The one thing a step does: call the stage function of the library. A user's mistake ends as one line, not as a
     traceback through Metaflow."""
     from unigrpo.stages import run_stage
-    from unigrpo.tracking import start_courier
+    from unigrpo.tracking import recorded_run, start_courier
 
     known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
     try:
         if (processes := processes_of(stage, str(flow.item))) > 1:
-            return run_together(stage, str(flow.item), known, processes)
-        start_courier(ROOT)
-        return run_stage(stage, str(flow.item), ROOT, known)
+            metrics = run_together(stage, str(flow.item), known, processes)
+        else:
+            start_courier(ROOT)
+            metrics = run_stage(stage, str(flow.item), ROOT, known)
+        flow.mlflow_run = recorded_run(ROOT, current.pathspec) or "unknown"  # the way back: Task(...).data.mlflow_run
+        return metrics
     except ValueError as error:
         if os.environ.get("UNIGRPO_TRACEBACK"):
             raise
@@ -146,7 +150,8 @@ def fill_card(flow: StageFlow, stage: str, gallery: str, limit: int = 24) -> Non
     from unigrpo.stages import parse_name
 
     folder = ROOT / parse_name(stage, str(flow.item), ROOT).output
-    current.card.append(Markdown(f"# {stage} {flow.item}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}"))
+    current.card.append(Markdown(f"# {stage} {flow.item}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}; MLflow run "
+                                 f"{flow.mlflow_run}"))
     if stage == "train" and (folder / "curves.csv").is_file():
         current.card.append(Image.from_matplotlib(curves_figure(folder / "curves.csv")))
     rows = gallery_rows(folder / gallery, limit)

@@ -23,7 +23,7 @@ try:
 
     from unigrpo.config import Config, load_config
     from unigrpo.digests import sha256_inputs, sha256_json, sha256_path
-    from unigrpo.resume import STATE, hold
+    from unigrpo.resume import STATE, hold, home
     from unigrpo.stages import Job, parse_name
 except ImportError as error:
     sys.exit(f"{error}; `python` is {sys.executable}: activate the environment first (. .venv/bin/activate), "
@@ -70,6 +70,7 @@ def provenance(job: Job, config: Config) -> dict[str, str]:
         "git_commit": commit or "unknown",
         "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
         "dvc_stage": os.environ.get("DVC_STAGE") or "unknown",
+        "dvc_exp": os.environ.get("DVC_EXP_NAME") or "none",
         "dvc_lock_sha256": sha256_path(lock) if lock.is_file() else "none",
         "params_sha256": sha256_json(config.model_dump(mode="json")),
         "inputs_sha256": sha256_json(sha256_inputs(ROOT, job.inputs)),
@@ -81,7 +82,7 @@ def environment(config: Config, base: Mapping[str, str]) -> dict[str, str]:
     env = WAITING | dict(base) | MALLOC | OFFLINE | {name: str(config.compute.threads) for name in THREADS}
     env |= {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), base.get("PYTHONPATH", "")])),
-            "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(ROOT), "METAFLOW_DEFAULT_DATASTORE": "local",
+            "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home(ROOT)), "METAFLOW_DEFAULT_DATASTORE": "local",
             "METAFLOW_DEFAULT_METADATA": "local", "UNIGRPO_SCALE": config.scale, "UNIGRPO_ROOT": str(ROOT),
             "MPLBACKEND": "Agg", LAUNCHER: str(os.getpid())}
     if not env.get("METAFLOW_USER"):  # Metaflow refuses the user root, and containers without one

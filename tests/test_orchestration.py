@@ -194,7 +194,8 @@ LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute"
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "tally", "update", "mismatch", "cost", "checkpoint",
               "adapters", "masters", "roofline", "footprint", "sampling", "images", "interchange", "checks"},
-          4: {"progress", "preemption", "resume", "tracking", "stages.*", "plan", "probe", "generate"},
+          4: {"dvcfiles", "gallery", "links", "progress", "preemption", "resume", "tracking", "stages.*", "plan", "probe",
+              "generate"},
           5: {"arms", "experiment", "closure", "commands", "cli", "__main__"}}
 
 

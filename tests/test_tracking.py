@@ -7,10 +7,12 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from unigrpo.tracking import Journal, track
 
@@ -103,6 +105,21 @@ def test_a_record_cut_short_by_a_kill_does_not_spoil_the_next(tmp_path):
     journal.append("metrics", step=1, values={"a": 2.0})
     assert [record["kind"] for record in journal.records()] == ["metrics", "torn", "metrics"]
     assert json.loads(journal.path.read_text().splitlines()[-1])["step"] == 1
+
+
+def test_stages_take_turns_in_writing_to_a_file(tmp_path, capsys):
+    """While another writes, a batch waits for the next one and is no failure; the end of a stage waits until it may."""
+    (tmp_path / ".unigrpo").mkdir()
+    other = FileLock(tmp_path / ".unigrpo" / "mlflow-send.lock", thread_local=False)
+    with track("train", "x", CONFIG, {}, tmp_path) as tracker:
+        other.acquire()
+        tracker.log_metrics(0, {"reward/mean": 0.5})
+        tracker.send()
+        assert not tracker.down
+        assert rows(tmp_path, "select name from runs") == []
+        threading.Timer(1.0, other.release).start()
+    assert rows(tmp_path, "select name, status from runs") == [("train/x", "FINISHED")]
+    assert "does not answer" not in capsys.readouterr().err
 
 
 def test_four_first_users_of_a_cold_database(tmp_path):

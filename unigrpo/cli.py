@@ -45,7 +45,7 @@ def arms_command(args: argparse.Namespace) -> int:
 
 
 def store_command(args: argparse.Namespace) -> int:
-    """Make MLflow's database, or bring it to the installed version."""
+    """Make MLflow's database, or bring it to the installed version, and send it what stages could not."""
     from unigrpo.tracking import prepare_store
 
     prepare_store(project_root())
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--thinking", type=int, help="tokens of thinking on average; the longest allowed by default")
     plan.set_defaults(function=plan_command)
 
-    store = commands.add_parser("store", help="make MLflow's database, or bring it to the installed version")
+    store = commands.add_parser("store", help="make MLflow's database, or bring it up to date; send it what waits")
     store.set_defaults(function=store_command)
 
     report = commands.add_parser("report", help="a report's results as a table, or into the README")

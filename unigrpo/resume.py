@@ -24,6 +24,14 @@ from unigrpo.sealed import disk_full
 STATE = Path(".unigrpo")  # every bit of pipeline state that is not a result, relative to the project's root
 
 
+def home(root: Path) -> Path:
+    """Where a project's state lives: its root. An experiment that DVC runs in a copy (<project>/.dvc/tmp/exps/...) keeps its
+    state in the project, because DVC removes the copy when the experiment ends."""
+    root = root.resolve()
+    return next((parent.parent for parent in root.parents if parent.name == ".dvc" and (parent.parent / "dvc.yaml").is_file()
+                 and root.is_relative_to(parent / "tmp" / "exps")), root)
+
+
 def say_to_stderr(message: str) -> None:
     """The default voice of a wait."""
     print(message, file=sys.stderr, flush=True)
@@ -77,7 +85,7 @@ def resume_key(root: Path, stage: str, name: str, params: Mapping[str, Any], inp
 
 def resume_path(root: Path, stage: str, name: str, params: Mapping[str, Any], inputs: Iterable[str] = ()) -> Path:
     """Where `resume_folder` keeps a stage's progress."""
-    return root / STATE / "resume" / resume_key(root, stage, name, params, inputs)
+    return home(root) / STATE / "resume" / resume_key(root, stage, name, params, inputs)
 
 
 @contextmanager
@@ -95,7 +103,7 @@ def resume_folder(root: Path, stage: str, name: str, params: Mapping[str, Any], 
     with hold(folder.with_suffix(".lock"), f"{stage} {name}", say=say):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            say(f"{stage} {name}: going on from {folder.relative_to(root)}")
+            say(f"{stage} {name}: going on from {folder.relative_to(home(root))}")
         try:
             yield folder
         except Exception as error:

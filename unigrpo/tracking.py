@@ -12,13 +12,14 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,37 @@ from filelock import FileLock, Timeout
 
 from unigrpo.courier import DELIVERED, DOWN, SEND, SEND_PENDING, Courier
 from unigrpo.digests import flatten
-from unigrpo.resume import STATE
+from unigrpo.gallery import gallery_page
+from unigrpo.links import address_of, input_tags, note, output_tags, source_tags
+from unigrpo.resume import STATE, home
 from unigrpo.sealed import sync
 
 SEND_EVERY = 30.0      # seconds between batches while a stage runs
+PATIENCE = 600.0       # seconds that the end of a stage waits for others who are writing to the same file
 BATCH = 1000           # metrics a request; MLflow's limit
 TEXT_LIMIT = 6000      # characters of a param; MLflow cuts longer ones
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not those for prompts and agents
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
         "inputs_sha256": "inputs.sha256", "dvc_lock_sha256": "dvc.lock.sha256 at the start",
-        "metaflow_pathspec": "metaflow.pathspec"}
+        "metaflow_pathspec": "metaflow.pathspec", "dvc_exp": "dvc.exp"}
 COURIERS: dict[Path, Courier] = {}  # by root; taken by the next `track`
 
 
 def store_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or the project's own SQLite file; absolute, since DVC runs stages in other folders too."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+
+
+@contextmanager
+def turn(root: Path, timeout: float) -> Iterator[None]:
+    """The right to write to a store that is one file. SQLite lets one process write at a time and turns others away after a
+    while, so twelve stages that end together take turns here. Raises filelock.Timeout."""
+    if not store_uri(root).startswith("sqlite:"):
+        yield
+        return
+    (root / STATE).mkdir(parents=True, exist_ok=True)
+    with FileLock(root / STATE / "mlflow-send.lock", timeout=timeout):
+        yield
 
 
 def open_client(root: Path) -> Any:
@@ -57,33 +74,35 @@ def open_client(root: Path) -> Any:
     from mlflow import MlflowClient
 
     (root / STATE).mkdir(parents=True, exist_ok=True)
-    with FileLock(root / STATE / "mlflow.lock", timeout=120):
+    with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
         client = MlflowClient(tracking_uri=store_uri(root))
         client.search_experiments(max_results=1)  # creates the tables
     return client
 
 
 def prepare_store(root: Path) -> None:
-    """Make the project's database, or bring one of an earlier MLflow to the installed version, before stages share it."""
+    """Make the project's database, or bring one of an earlier MLflow to the installed version, before stages share it, and
+    send it what stages could not."""
     uri = store_uri(root)
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and path.is_file():
-        with FileLock(root / STATE / "mlflow.lock", timeout=120):
+        with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
             subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
-    else:
-        open_client(root)
+    client = open_client(root)
+    with turn(root, PATIENCE):
+        send_pending(root, client)
 
 
 def experiment_id(client: Any, root: Path, name: str) -> str:
     """The experiment called `name`, made where it is missing. MLflow takes the artifact root from the working folder
     unless it is given when the experiment is made, and never changes it again."""
-    with FileLock(root / STATE / "mlflow.lock", timeout=120):
+    with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
         found = client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         local = store_uri(root).startswith("sqlite:")
         location = (root / "mlartifacts").resolve().as_uri() + f"/{name}" if local else None
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=KIND))
 
 
 def run_exists(client: Any, run_id: str) -> bool:
@@ -153,6 +172,8 @@ class Journal:
             run = client.create_run(experiment, start_time=start["time"], run_name=start["name"], tags=start["tags"])
             state["run_id"] = run.info.run_id
             self.write_sent(state)
+            stage, _, name = start["name"].partition("/")
+            client.set_tag(state["run_id"], "mlflow.note.content", note(run.info.run_id, stage, name, start["tags"]))
         self.send_records(client, state["run_id"], new)
         ends = [r for r in new if r["kind"] == "end"]
         if ends:
@@ -199,8 +220,9 @@ class Journal:
 class Tracker:
     """Handed to a stage by `track`; nothing it does can raise because of the tracker."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, copies: bool = False) -> None:
         self.journal = journal
+        self.copies = copies  # artifacts are copied as they are logged, because their place will be gone
         self.client: Any = None
         self.courier: Courier | None = None  # where there is one, it sends; else this process does
         self.down = False
@@ -220,9 +242,36 @@ class Tracker:
         """A file, or a folder such as a gallery of (prompt, thinking, image); `to` is its place in the run. The path must
         outlive the stage: what a tracker that is down has not taken is read from there later."""
         path = Path(path).resolve()
+        if path.is_dir() and (page := self.gallery(path)):
+            self.append_artifact(page, None)
+        if self.copies and path.exists():
+            kept = self.journal.path.with_suffix("") / path.name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, kept, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, kept)
+            path = kept
+        self.append_artifact(path, to)
+
+    def append_artifact(self, path: Path, to: str | None) -> None:
+        """Its record, by its place in the project where it lies there."""
         root = self.journal.root.resolve()
-        shown = path.relative_to(root) if path.is_relative_to(root) else path
-        self.journal.append("artifact", path=str(shown), to=to)
+        self.journal.append("artifact", path=str(path.relative_to(root) if path.is_relative_to(root) else path), to=to)
+
+    def gallery(self, folder: Path) -> Path | None:
+        """The page of a gallery's folder, beside the journal; None where it is no gallery, or one that cannot be read."""
+        try:
+            text = gallery_page(folder)
+        except (OSError, ValueError) as error:
+            print(f"tracking: {folder} makes no page ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
+            return None
+        if text is None:
+            return None
+        path = self.journal.path.with_suffix("") / f"{folder.name}.html"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
 
     def log_figure(self, figure: Any, name: str) -> None:
         """A matplotlib figure as PNG, `name` without suffix."""
@@ -242,22 +291,29 @@ class Tracker:
 
     def send(self, *, pending: bool = False, wait: bool = True) -> None:
         """Send to MLflow; if it does not answer, say so once and leave the records where they are. `wait=False`: a courier is
-        asked and nobody waits for it."""
+        asked and nobody waits for it.
+
+        `pending`: the stage has ended. Its last records wait for their turn; others that wait go with them.
+        """
         self.last = time.monotonic()
+        root = self.journal.root
         try:
             if self.courier is not None and self.hand_over(SEND_PENDING if pending else SEND, wait):
                 return
             if self.client is None:
-                self.client = open_client(self.journal.root)
-            self.journal.send(self.client)
-            if pending:
-                send_pending(self.journal.root, self.client, without=self.journal.key)
+                self.client = open_client(root)
+            with turn(root, PATIENCE if pending else 0):
+                self.journal.send(self.client)
+                if pending:
+                    send_pending(root, self.client, without=self.journal.key)
             self.down = False
         except Exception as error:  # whatever a tracker does, the stage goes on
+            if isinstance(error, Timeout) and not pending:
+                return  # somebody else is writing: the next batch takes these records along
             if not self.down:
                 first = (str(error).splitlines() or [""])[0][:200]
-                print(f"tracking: MLflow at {store_uri(self.journal.root)} does not answer ({type(error).__name__}: {first}); "
-                      f"records stay in {self.journal.path} and are sent by the next stage that finds it up",
+                print(f"tracking: MLflow at {store_uri(root)} does not answer ({type(error).__name__}: {first}); records stay "
+                      f"in {self.journal.path}; the next stage that finds it up, or `unigrpo store`, sends them",
                       file=sys.stderr, flush=True)
             self.down = True
 
@@ -280,7 +336,7 @@ def start_courier(root: Path) -> None:
     """Let another process send what the next `track` of this root records. Called before a stage's imports, it has MLflow
     loaded by the time they are done."""
     try:
-        COURIERS[root.resolve()] = Courier(root)
+        COURIERS[home(root)] = Courier(home(root))
     except OSError:
         pass  # no process can be started: this one sends
 
@@ -331,7 +387,7 @@ class SilentTracker(Tracker):
         """Told by the main process."""
 
 
-def send_pending(root: Path, client: Any, *, without: str) -> None:
+def send_pending(root: Path, client: Any, *, without: str = "") -> None:
     """Send what earlier stages could not. Runs that another process is writing are its own business."""
     for path in sorted((root / STATE / "tracking").glob("*.jsonl")):
         journal = Journal(root, path.stem)
@@ -373,11 +429,13 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
         root: the project's root. folder: the stage's resume folder, so that a killed run is reopened.
     Yields: a Tracker.
     """
-    journal = Journal(root, journal_key(stage, name, folder))
+    place = home(root)
+    journal = Journal(place, journal_key(stage, name, folder))
     provenance = dict(provenance or {})
     tags = {tag: provenance.get(field) or "unknown" for field, tag in TAGS.items()} | machine_tags()
     params = flatten(config)
-    tags |= {"stage": stage, "seed": str(params.get("seed", "unknown"))}
+    tags |= {"stage": stage, "seed": str(params.get("seed", "unknown"))} | source_tags(stage, name, tags)
+    tags |= quietly(lambda: input_tags(root, stage, name))
     began = time.monotonic()
     with journal.lock:
         if not journal.path.is_file():
@@ -385,12 +443,13 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
         else:
             journal.mend()
             journal.append("tags", tags=tags | {"resumed": "true"})
-        tracker = Tracker(journal)
-        tracker.courier = COURIERS.pop(root.resolve(), None)
+        tracker = Tracker(journal, copies=place != root.resolve())
+        tracker.courier = COURIERS.pop(place, None)
         status = "FAILED"
         try:
             yield tracker
             status = "FINISHED"
+            tracker.set_tags(quietly(lambda: output_tags(root, address_of(tags, stage, name))))
         except (KeyboardInterrupt, SystemExit):
             status = "KILLED"
             raise
@@ -404,3 +463,20 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
                 tracker.send(pending=True)
             if tracker.courier is not None:
                 tracker.courier.end()
+
+
+def quietly(tags: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """Tags that need the project's files; none where these do not say: they are not worth a stage."""
+    try:
+        return tags()
+    except Exception:
+        return {}
+
+
+def recorded_run(root: Path, pathspec: str) -> str | None:
+    """MLflow's id of the run that a Metaflow task recorded, from this machine's journals; None where they do not know."""
+    journals = (home(root) / STATE / "tracking").glob("*.jsonl")
+    for path in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True):
+        if f'"metaflow.pathspec": "{pathspec}"' in path.read_text(encoding="utf-8"):
+            return Journal(home(root), path.stem).sent()["run_id"]
+    return None

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from unigrpo.commands import doctor_run
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to the top parser's sub-commands."""
@@ -21,6 +23,11 @@ def add_parser(commands: Any) -> None:
     reward.add_argument("--tolerance", type=float, default=1e-4,
                         help="how far values may differ between batches, as a share of the largest; 1e-4 by default")
     reward.set_defaults(function=reward_command)
+    run = parts.add_parser("run", help="a run's chain: MLflow, commit, params, DVC stage and lock, checkpoint, Metaflow",
+                           description="Exit status: 0 if every link holds today, 1 if one differs or is unknown.")
+    run.add_argument("id", nargs="+", metavar="ID", help="an MLflow run id or its beginning, a Metaflow pathspec, or a name as "
+                                                         "in `train tiny-unigrpo-0`, which means its latest run")
+    run.set_defaults(function=doctor_run.run_command)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
