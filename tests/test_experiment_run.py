@@ -33,7 +33,8 @@ def test_every_run_is_in_a_set_and_claims_come_first():
     assert [arm[1] for arm in request.arms()][:15] == [0, 1, 2] + [0] * 4 + [1] * 4 + [2] * 4   # a set's arms a seed at a time
     for (run, seed), cells in request.arms().items():
         sweep = run in {name for label, part in sets.items() if label.startswith("sweep") for name in part["runs"]}
-        assert cells == ("all" if run in ("unigrpo", "cfg_rollout", "no_regularizer") else "headline")  # where others are compared
+        whole = run in ("unigrpo", "cfg_rollout", "no_regularizer")  # compared in other cells too
+        assert cells == ("all" if whole else "headline")
         assert not sweep or (seed == 0 and runs[run]["times"]["train.num_steps"] == 0.25)
 
 
