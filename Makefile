@@ -1,6 +1,7 @@
 # make repro        the main job: curate, base, sft, train, evaluate, report; ends with a results table
 # make experiments  everything that params/experiment.yaml lists (JOBS=2: two arms at a time; compute.slots by default)
 # make test         no network, no GPU, minutes;  make test-slow: full sizes;  make check: ruff and types
+# make audit        known weaknesses of the pinned packages (pip-audit; needs a network, says so where there is none)
 # make ui           MLflow's pages;  make lock-status: what is stale;  make clean: caches and logs, never results
 #
 # Every target sets up what it needs. Python 3.11 or newer and gcc are all that must be there: PYTHON=python3.12 make repro.
@@ -32,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 DVC := .venv/bin/dvc --wait-for-lock
 TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 .venv/bin/python -m pytest -q
 
-.PHONY: help venv store repro experiments smoke test test-slow check ui lock-status clean
+.PHONY: help venv store repro experiments smoke test test-slow check audit ui lock-status clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -78,6 +79,10 @@ test-slow: .venv/.stamp
 check: .venv/.stamp
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
+
+# 0: nothing found, or nothing could be asked, which it says; 1: findings, which docs/security.md answers.
+audit: .venv/.stamp
+	@.venv/bin/python tests/audit.py constraints.txt
 
 ui: store
 	@.venv/bin/unigrpo store

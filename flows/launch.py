@@ -23,6 +23,7 @@ try:
 
     from unigrpo.config import Config, load_config
     from unigrpo.digests import sha256_inputs, sha256_json, sha256_path
+    from unigrpo.preemption import PREEMPTED
     from unigrpo.resume import STATE, hold, home
     from unigrpo.stages import Job, parse_name
 except ImportError as error:
@@ -92,7 +93,7 @@ def environment(config: Config, base: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_flow(job: Job, config: Config) -> int:
-    """Run the stage's flow on this machine and wait for it. Returns its exit status."""
+    """Run the stage's flow on this machine and wait for it. Returns its exit status, or 75 where SIGTERM has ended it."""
     fields = [part for key, value in provenance(job, config).items() for part in (f"--{key}", value)]
     command = [sys.executable, str(ROOT / "flows" / f"{job.stage}_flow.py"), "--quiet", "--no-pylint", "run",
                "--item", job.name, *fields]
@@ -100,8 +101,14 @@ def run_flow(job: Job, config: Config) -> int:
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Ctrl-C reaches the whole group: the step stops where it can go on later, and we wait for it to do so.
     interrupts: list[int] = []
+    asked: list[int] = []
+
+    def leave(*_: object) -> None:
+        asked.append(1)
+        child.terminate()  # it hands the signal on to the step, which finishes what it does and saves
+
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGTERM, leave)
     assert child.stdout is not None
     for line in child.stdout:
         if not CHATTER.match(line := STAMP.sub("", line)):
@@ -110,7 +117,7 @@ def run_flow(job: Job, config: Config) -> int:
     if interrupts and status:
         print(f"{job.stage} {job.name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
         return 130
-    return status
+    return PREEMPTED if asked and status else status
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -40,6 +41,28 @@ def alive(pid: int) -> bool:
     return stat[stat.rindex(")") + 2] != "Z"
 
 
+def children_of(pid: int) -> list[int]:
+    """Processes whose parent `pid` is, on Linux; none where /proc does not tell."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent_of(int(path.name))[1] == pid]
+
+
+def hand_on_sigterm() -> None:
+    """From now on SIGTERM goes to this process's children, whose end is awaited; without children it ends this process.
+
+    Metaflow's runtime would end at once, and with it the step, in the middle of its work.
+    """
+    def hear(_number: int, _frame: object) -> None:
+        children = children_of(os.getpid())
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if not children:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, hear)
+
+
 def watched_ancestors() -> list[int]:
     """The parent; where that is a shell (dvc starts stages through one) also the shell's parent; and the launcher."""
     parent = os.getppid()
@@ -71,3 +94,5 @@ def die_with_parent() -> None:
     if os.getppid() != parent or not all(alive(pid) for pid in watched):  # died before we looked
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+    if LAUNCHER in os.environ:  # a flow's runtime; in its steps, the stage listens itself
+        hand_on_sigterm()

@@ -18,6 +18,7 @@ from unigrpo import checkpoint
 from unigrpo.checkpoint import load_training_state
 from unigrpo.digests import sha256_path
 from unigrpo.preemption import PREEMPTED
+from unigrpo.rollout import BagelPolicy
 from unigrpo.stages import base, curate, evaluate, sft, train
 
 STEPS = 4
@@ -159,6 +160,24 @@ def test_a_reward_that_dies_in_a_probe_loses_no_probe(whole, root, monkeypatch):
         train.run("smoke", run="unigrpo", seed=0, root=root)
     monkeypatch.undo()
     same_training(whole, root)
+
+
+def test_a_skipped_update_of_a_probed_step_ends_no_run(root, monkeypatch, capsys):
+    """The sentinel compares what is finite."""
+    original, calls = BagelPolicy.replay, []
+
+    def poisoned(self, rollouts, *args, **kwargs):
+        replay = original(self, rollouts, *args, **kwargs)
+        if torch.is_grad_enabled() and rollouts.image.old_means is not None:
+            calls.append(1)
+            if len(calls) == 2:
+                replay.velocities[1] = float("nan")
+        return replay
+
+    monkeypatch.setattr(BagelPolicy, "replay", poisoned)
+    metrics = train.run("smoke", run="unigrpo", seed=0, root=root)
+    assert "step 0, update 2 is skipped" in capsys.readouterr().err
+    assert metrics["sentinel/probes"] == 3
 
 
 def test_a_damaged_picture_of_an_interrupted_run_is_named(root, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import subprocess
@@ -10,10 +11,13 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from bad_servers import WAYS, bad_server
 from filelock import FileLock
 
+from unigrpo import tracking
 from unigrpo.tracking import Journal, track
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +54,77 @@ def test_a_tracker_that_is_down_never_stops_a_stage_and_gets_all_later(tmp_path,
     assert list((tmp_path / "mlartifacts" / "smoke" / late).rglob("gallery.json"))
     assert rows(tmp_path, "select name, artifact_location from experiments where name = 'smoke'") == [
         ("smoke", (tmp_path / "mlartifacts").as_uri() + "/smoke")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_that_fails_costs_a_stage_seconds_and_no_metric(tmp_path, monkeypatch, capsys, way):
+    """Steps never wait for it, the end waits as long as it says, and the next stage sends every record once."""
+    monkeypatch.setattr(tracking, "WAIT", 1.0)
+    monkeypatch.setattr(tracking, "SEND_EVERY", 0.0)
+    with bad_server(way) as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("//", "//user:secret@") + "?token=secret")
+        with track("train", "x", CONFIG, {}, tmp_path) as tracker:
+            start = time.monotonic()
+            for step in range(50):
+                tracker.log_metrics(step, {"reward/mean": float(step)})
+            steps = time.monotonic() - start
+            import mlflow  # noqa: F401  of the end's seconds, those that are the server's
+            start = time.monotonic()
+        end = time.monotonic() - start
+        said = capsys.readouterr().err
+    assert steps < 5
+    assert end < 15
+    assert "records stay in" in said or "the rest stays in" in said
+    assert "secret" not in said
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    if (tracker.thread is not None) and tracker.thread.is_alive():
+        tracker.thread.join(40)
+    with track("evaluate", "y", CONFIG, {}, tmp_path):
+        pass
+    assert rows(tmp_path, "select status from runs where name = 'train/x'") == [("FINISHED",)]
+    found = rows(tmp_path, "select step, value from metrics where key = 'reward/mean' order by step")
+    assert found == [(step, float(step)) for step in range(50)]
+
+
+class Counting:
+    """An MLflow client that takes so many requests and is then gone."""
+
+    def __init__(self, requests: int) -> None:
+        self.left, self.taken = requests, []
+
+    def __getattr__(self, name):
+        def request(*args, **kwargs):
+            if not self.left:
+                raise ConnectionError("gone")
+            self.left -= 1
+            self.taken.append((name, args[1:], kwargs))
+            return SimpleNamespace(info=SimpleNamespace(run_id="r"), experiment_id="0")
+        return request
+
+
+def test_a_server_that_dies_between_requests_gets_everything_once(tmp_path):
+    """After each number of requests; galleries file by file."""
+    (tmp_path / "gallery").mkdir()
+    for i in range(3):
+        (tmp_path / "gallery" / f"{i}.png").write_text(str(i))
+    for requests in range(14):
+        journal = Journal(tmp_path, f"k{requests}")
+        journal.append("start", scale="s", name="train/x", tags={}, params={"a": 1})
+        journal.append("metrics", step=0, values={"m": 1.0})
+        journal.append("artifact", path="gallery", to="gallery")
+        journal.append("metrics", step=1, values={"m": 2.0})
+        journal.append("tags", tags={"t": "1"})
+        journal.append("end", status="FINISHED")
+        taken = []
+        for client in (Counting(requests), Counting(99)):
+            with contextlib.suppress(ConnectionError):
+                journal.send(client, abandoned=True)
+            taken += client.taken
+        kinds = [(name, str(args), str(kwargs)) for name, args, kwargs in taken if name.startswith(("log", "set"))]
+        assert len(kinds) == len(set(kinds)) == 8, requests
+        assert kinds[-1][0] == "set_terminated"
+        assert "FINISHED" in kinds[-1][2]
+        assert journal.sent()["closed"]
 
 
 def test_a_run_that_the_store_no_longer_has_is_told_anew(tmp_path):
@@ -145,11 +220,11 @@ start_courier(root)
 courier, = COURIERS.values()
 with track("train", "x", {"scale": "smoke", "seed": 0}, {}, root) as tracker:
     tracker.log_metrics(0, {"reward/mean": 0.5})
-    tracker.send(wait=False)
+    tracker.send_beside()
     if what == "courier dies":
         courier.process.kill()
     if what == "stage dies":
-        tracker.send()
+        courier.deliver("send", tracker.journal.key)
         print(courier.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     tracker.log_metrics(1, {"reward/mean": 0.75})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 SEND, SEND_PENDING = "send", "send-pending"  # the requests, followed by a journal's key, a line each
@@ -42,26 +43,32 @@ class Courier:
             self.process.stdin.write(f"{request} {key}\n")
             self.waiting += 1
 
-    def answer(self) -> bool:
-        """Wait for the oldest answer. Returns whether the records were delivered."""
+    def answer(self, limit: float | None = None) -> bool | None:
+        """Wait for the oldest answer, `limit` seconds at most. Returns whether the records were delivered; None: too late."""
         assert self.process.stdout is not None
+        if limit is not None and not select.select([self.process.stdout], [], [], max(0.0, limit))[0]:
+            return None
         line = self.process.stdout.readline()
         if not line:
             raise OSError(f"the process that sends records ended with status {self.process.wait()}")
         self.waiting -= 1
         return line.strip() == DELIVERED
 
-    def deliver(self, request: str, key: str) -> bool:
-        """Ask and wait. Returns whether the records were delivered."""
+    def deliver(self, request: str, key: str, limit: float | None = None) -> bool | None:
+        """Ask and wait, `limit` seconds at most. Returns whether the records were delivered, None if the answer is late."""
+        end = None if limit is None else time.monotonic() + limit
         while self.waiting:
-            self.answer()
+            if self.answer(None if end is None else end - time.monotonic()) is None:
+                return None
         self.ask(request, key)
-        return self.answer()
+        return self.answer(None if end is None else end - time.monotonic())
 
     def end(self) -> None:
-        """No more requests: the process ends once it has answered."""
+        """No more requests. One that is late is given up: what MLflow took of it is noted after each of its requests."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        if self.waiting:
+            self.process.kill()
         try:
             self.process.stdin.close()
         except OSError:  # it is gone already

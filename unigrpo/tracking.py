@@ -1,12 +1,14 @@
 """What happened, for people: one MLflow run per stage execution. The only module that imports mlflow.
 
 Records go to a local JSONL first (.unigrpo/tracking/<key>.jsonl) and from there to MLflow in batches, so a tracker that is
-down never stops a stage: the records wait, and the next stage that finds the tracker up sends them. A killed stage's key
-lies in its resume folder; the run that goes on from there reopens the same MLflow run instead of leaving it RUNNING.
+down never stops a stage: the records wait, and the next stage that finds the tracker up sends them. No step waits for it, and
+the end of a stage WAIT seconds at most. A killed stage's key lies in its resume folder; the run that goes on from there reopens
+the same MLflow run instead of leaving it RUNNING.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +39,9 @@ from unigrpo.sealed import sync
 
 SEND_EVERY = 30.0      # seconds between batches while a stage runs
 PATIENCE = 600.0       # seconds that the end of a stage waits for others who are writing to the same file
+RETRY_EVERY = 300.0    # seconds until a server that did not answer is asked again
+WAIT = 60.0            # seconds that a stage's end waits for a server; for the project's own SQLite file it waits till the end
+WAIT_LEAVING = 5.0     # the same where the stage was asked to leave: who asked may not wait long
 BATCH = 1000           # metrics a request; MLflow's limit
 TEXT_LIMIT = 6000      # characters of a param; MLflow cuts longer ones
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not those for prompts and agents
@@ -59,6 +66,14 @@ def turn(root: Path, timeout: float) -> Iterator[None]:
     (root / STATE).mkdir(parents=True, exist_ok=True)
     with FileLock(root / STATE / "mlflow-send.lock", timeout=timeout):
         yield
+
+
+def shown_uri(root: Path) -> str:
+    """`store_uri` for people and logs: without the user, password and query that it may hold."""
+    parts = urlsplit(store_uri(root))
+    if parts.scheme not in ("http", "https"):
+        return store_uri(root)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
 def open_client(root: Path) -> Any:
@@ -149,24 +164,31 @@ class Journal:
             return {"lines": 0, "run_id": None, "closed": False}
 
     def records(self) -> list[dict[str, Any]]:
-        """All records. A line that a kill cut short is left out: its content is logged again by the resumed run."""
+        """All records. A line that a kill cut short is left out: its content is logged again by the resumed run. So is one
+        without its end: it is being written."""
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []:
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        for line in text[:text.rfind("\n") + 1].splitlines():
             try:
                 records.append(json.loads(line))
             except ValueError:
                 records.append({"kind": "torn"})
         return records
 
-    def send(self, client: Any, *, abandoned: bool = False) -> None:
-        """Send what MLflow does not have yet. `abandoned`: nobody will add records, so a run without an end was killed."""
+    def send(self, client: Any, *, abandoned: bool = False, stop: Callable[[], bool] = lambda: False) -> None:
+        """Send what MLflow does not have yet.
+
+        Args:
+            abandoned: nobody will add records, so a run without an end was killed.
+            stop: asked before each request; once it is true the rest waits.
+        """
         state, records = self.sent(), self.records()
         start = next((r for r in records if r["kind"] == "start"), None)
         new = records[state["lines"]:]
         if start is None or (not new and (state["closed"] or not abandoned)):
             return
         if state["run_id"] is not None and not run_exists(client, state["run_id"]):
-            state, new = {"lines": 0, "run_id": None, "closed": False}, records  # the store was deleted: tell it all again
+            state = {"lines": 0, "run_id": None, "closed": False}  # the store was deleted: tell it all again
         if state["run_id"] is None:
             experiment = experiment_id(client, self.root, start["scale"])
             run = client.create_run(experiment, start_time=start["time"], run_name=start["name"], tags=start["tags"])
@@ -174,18 +196,19 @@ class Journal:
             self.write_sent(state)
             stage, _, name = start["name"].partition("/")
             client.set_tag(state["run_id"], "mlflow.note.content", note(run.info.run_id, stage, name, start["tags"]))
-        self.send_records(client, state["run_id"], new)
-        ends = [r for r in new if r["kind"] == "end"]
-        if ends:
-            client.set_terminated(state["run_id"], status=ends[-1]["status"], end_time=ends[-1]["time"])
+        state = {"files": 0, **state}
+        if not self.send_records(client, records, state, stop):
+            return
+        if records[-1]["kind"] == "end":  # a run that goes on writes tags after it
+            client.set_terminated(state["run_id"], status=records[-1]["status"], end_time=records[-1]["time"])
             state["closed"] = True
         elif abandoned and not state["closed"]:
             client.set_terminated(state["run_id"], status="KILLED")
             state["closed"] = True
-        elif new and state["closed"]:
+        elif state["closed"]:
             client.update_run(state["run_id"], status="RUNNING")  # reopened
             state["closed"] = False
-        self.write_sent(state | {"lines": len(records)})
+        self.write_sent(state)
 
     def write_sent(self, state: Mapping[str, Any]) -> None:
         """Replace the note in one step, so that a kill leaves the old or the new one."""
@@ -193,28 +216,57 @@ class Journal:
         part.write_text(json.dumps(dict(state)), encoding="utf-8")
         part.replace(self.sent_path)
 
-    def send_records(self, client: Any, run_id: str, records: list[dict[str, Any]]) -> None:
-        """Params once, metrics in batches, tags and artifacts as they come."""
-        from mlflow.entities import Metric, Param, RunTag
+    def send_records(self, client: Any, records: list[dict[str, Any]], state: dict[str, Any], stop: Callable[[], bool]) -> bool:
+        """Params once, metrics in batches, tags and artifacts as they come. `.sent` follows each request, so that a slow
+        server gets everything once. Returns whether all is sent."""
+        while state["lines"] < len(records):
+            if stop():
+                return False
+            metrics, end = self.metrics_from(records, state["lines"])
+            for first in range(0, len(metrics), BATCH):
+                client.log_batch(state["run_id"], metrics=metrics[first:first + BATCH])
+            if end == state["lines"]:
+                if not self.send_other(client, records[end], state, stop):
+                    return False
+                end += 1
+            state |= {"lines": end, "files": 0}
+            self.write_sent(state)
+        return True
 
-        for record in records:
-            if record["kind"] == "start":
-                params = [Param(key, str(value)[:TEXT_LIMIT]) for key, value in record["params"].items()]
-                client.log_batch(run_id, params=params[:100])
-                for first in range(100, len(params), 100):  # MLflow takes 100 params a request
-                    client.log_batch(run_id, params=params[first:first + 100])
-            elif record["kind"] == "tags":
-                client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in record["tags"].items()])
-            elif record["kind"] == "artifact":
-                path = self.root / record["path"]
-                if path.is_dir():
-                    client.log_artifacts(run_id, str(path), record["to"] or path.name)
-                elif path.is_file():
-                    client.log_artifact(run_id, str(path), record["to"])
-        metrics = [Metric(key, float(value), record["time"], record["step"])
-                   for record in records if record["kind"] == "metrics" for key, value in record["values"].items()]
-        for first in range(0, len(metrics), BATCH):
-            client.log_batch(run_id, metrics=metrics[first:first + BATCH])
+    def metrics_from(self, records: list[dict[str, Any]], start: int) -> tuple[list[Any], int]:
+        """MLflow's metrics of the records from `start` on, as many as make a batch; the index of the record after them."""
+        from mlflow.entities import Metric
+
+        metrics: list[Any] = []
+        while start < len(records) and records[start]["kind"] == "metrics" and len(metrics) < BATCH:
+            record = records[start]
+            metrics += [Metric(key, float(value), record["time"], record["step"]) for key, value in record["values"].items()]
+            start += 1
+        return metrics, start
+
+    def send_other(self, client: Any, record: dict[str, Any], state: dict[str, Any], stop: Callable[[], bool]) -> bool:
+        """A record that holds no metrics. Returns whether all of it is sent."""
+        from mlflow.entities import Param, RunTag
+
+        run_id = state["run_id"]
+        if record["kind"] == "start":
+            params = [Param(key, str(value)[:TEXT_LIMIT]) for key, value in record["params"].items()]
+            for first in range(0, len(params), 100):  # MLflow takes 100 params a request
+                client.log_batch(run_id, params=params[first:first + 100])
+        elif record["kind"] == "tags":
+            client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in record["tags"].items()])
+        elif record["kind"] == "artifact":
+            path = self.root / record["path"]
+            whole = path.is_dir()
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if whole else [path] if path.is_file() else []
+            for file in files[state["files"]:]:
+                if stop():
+                    return False
+                place = Path(record["to"] or path.name) / file.parent.relative_to(path) if whole else record["to"]
+                client.log_artifact(run_id, str(file), str(place) if place else None)
+                state["files"] += 1
+                self.write_sent(state)
+        return True
 
 
 class Tracker:
@@ -227,6 +279,8 @@ class Tracker:
         self.courier: Courier | None = None  # where there is one, it sends; else this process does
         self.down = False
         self.last = time.monotonic()
+        self.stopping = threading.Event()  # no further request is to be sent
+        self.thread: threading.Thread | None = None  # sends where there is no courier
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Flat `part/quantity` metrics of one step; values that are not finite are left out and counted."""
@@ -235,8 +289,8 @@ class Tracker:
         if len(finite) < len(numbers):
             finite["tracking/not_finite"] = float(len(numbers) - len(finite))
         self.journal.append("metrics", step=step, values=finite)
-        if not self.down and time.monotonic() - self.last > SEND_EVERY:
-            self.send(wait=False)
+        if time.monotonic() - self.last > (RETRY_EVERY if self.down else SEND_EVERY):
+            self.send_beside()
 
     def log_artifacts(self, path: Path | str, to: str | None = None) -> None:
         """A file, or a folder such as a gallery of (prompt, thinking, image); `to` is its place in the run. The path must
@@ -289,47 +343,84 @@ class Tracker:
         if self.journal.path.is_file():
             sync(self.journal.path)
 
-    def send(self, *, pending: bool = False, wait: bool = True) -> None:
-        """Send to MLflow; if it does not answer, say so once and leave the records where they are. `wait=False`: a courier is
-        asked and nobody waits for it.
+    def send_beside(self, *, pending: bool = False) -> None:
+        """Send without waiting: the courier does it, or a thread, which ends with the process if it has to."""
+        self.last = time.monotonic()
+        if self.courier is not None:
+            try:
+                return self.courier.ask(SEND_PENDING if pending else SEND, self.journal.key)
+            except OSError:
+                self.dismiss()
+        if self.thread is None or not self.thread.is_alive():
+            self.thread = threading.Thread(target=self.send, kwargs={"pending": pending}, name="tracking", daemon=True)
+            self.thread.start()
+
+    def finish(self, seconds: float) -> None:
+        """Send everything, and what earlier stages could not; wait for a server so long at most, for a file till the end."""
+        limit = None if store_uri(self.journal.root).startswith("sqlite:") else seconds
+        if not (self.delivered(limit) if self.courier is not None else self.joined(limit)):
+            print(f"tracking: MLflow at {shown_uri(self.journal.root)} has not taken everything within {seconds:g} s; the rest "
+                  f"stays in {self.journal.path} and is sent by the next stage that finds it up", file=sys.stderr, flush=True)
+
+    def delivered(self, limit: float | None) -> bool:
+        """Let the courier send everything. Returns False if the time was not enough for it; a courier that is gone is
+        replaced by a thread."""
+        assert self.courier is not None
+        try:
+            answer = self.courier.deliver(SEND_PENDING, self.journal.key, limit)
+        except OSError:
+            self.dismiss()
+            return self.joined(limit)
+        self.down = answer is False
+        self.dismiss()
+        return answer is not None
+
+    def joined(self, limit: float | None) -> bool:
+        """Let a thread send everything. Returns False if the time was not enough for it; it stops after its request then."""
+        with contextlib.suppress(ImportError):
+            import mlflow  # noqa: F401  seconds that are no server's
+        end = None if limit is None else time.monotonic() + limit
+        late = False
+        for pending in (False, True):  # what is on its way, and then the rest
+            if pending and not late:
+                self.send_beside(pending=True)
+            if self.thread is not None:
+                self.thread.join(None if end is None else max(0.0, end - time.monotonic()))
+                late = self.thread.is_alive()
+        if late:
+            self.stopping.set()
+        return not late
+
+    def dismiss(self) -> None:
+        """End the courier."""
+        if self.courier is not None:
+            self.courier.end()
+        self.courier = None
+
+    def send(self, *, pending: bool = False) -> None:
+        """Send to MLflow from this process; if it does not answer, say so once and leave the records where they are.
 
         `pending`: the stage has ended. Its last records wait for their turn; others that wait go with them.
         """
         self.last = time.monotonic()
         root = self.journal.root
         try:
-            if self.courier is not None and self.hand_over(SEND_PENDING if pending else SEND, wait):
-                return
             if self.client is None:
                 self.client = open_client(root)
             with turn(root, PATIENCE if pending else 0):
-                self.journal.send(self.client)
+                self.journal.send(self.client, stop=self.stopping.is_set)
                 if pending:
-                    send_pending(root, self.client, without=self.journal.key)
+                    send_pending(root, self.client, without=self.journal.key, stop=self.stopping.is_set)
             self.down = False
         except Exception as error:  # whatever a tracker does, the stage goes on
             if isinstance(error, Timeout) and not pending:
                 return  # somebody else is writing: the next batch takes these records along
             if not self.down:
-                first = (str(error).splitlines() or [""])[0][:200]
-                print(f"tracking: MLflow at {store_uri(root)} does not answer ({type(error).__name__}: {first}); records stay "
+                first = (str(error).splitlines() or [""])[0][:200].replace(store_uri(root), "it")
+                print(f"tracking: MLflow at {shown_uri(root)} does not answer ({type(error).__name__}: {first}); records stay "
                       f"in {self.journal.path}; the next stage that finds it up, or `unigrpo store`, sends them",
                       file=sys.stderr, flush=True)
             self.down = True
-
-    def hand_over(self, request: str, wait: bool) -> bool:
-        """Let the courier send; it says itself what goes wrong. Returns False if it is gone: this process sends from now on."""
-        assert self.courier is not None
-        try:
-            if wait:
-                self.down = not self.courier.deliver(request, self.journal.key)
-            else:
-                self.courier.ask(request, self.journal.key)
-        except OSError:
-            self.courier.end()
-            self.courier = None
-            return False
-        return True
 
 
 def start_courier(root: Path) -> None:
@@ -383,20 +474,22 @@ class SilentTracker(Tracker):
     def sync(self) -> None:
         """Told by the main process."""
 
-    def send(self, *, pending: bool = False, wait: bool = True) -> None:
+    def send(self, *, pending: bool = False) -> None:
         """Told by the main process."""
 
 
-def send_pending(root: Path, client: Any, *, without: str = "") -> None:
-    """Send what earlier stages could not. Runs that another process is writing are its own business."""
+def send_pending(root: Path, client: Any, *, without: str = "", stop: Callable[[], bool] = lambda: False) -> None:
+    """Send what earlier stages could not, until `stop` is true. Runs that another process is writing are its own business."""
     for path in sorted((root / STATE / "tracking").glob("*.jsonl")):
+        if stop():
+            return
         journal = Journal(root, path.stem)
         state = journal.sent()
         if path.stem == without or (state["closed"] and state["lines"] >= len(journal.records())):
             continue
         try:
             with journal.lock.acquire(timeout=0):
-                journal.send(client, abandoned=True)
+                journal.send(client, abandoned=True, stop=stop)
         except Timeout:
             continue
 
@@ -407,8 +500,9 @@ def journal_key(stage: str, name: str, folder: Path | None) -> str:
     if note is not None and note.is_file():
         return note.read_text(encoding="utf-8").strip()
     key = f"{stage}-{name}-{uuid.uuid4().hex[:12]}"
-    if note is not None:
-        note.write_text(key, encoding="utf-8")
+    if note is not None:  # in one step: a kill must not leave an empty key
+        note.with_suffix(".part").write_text(key, encoding="utf-8")
+        note.with_suffix(".part").replace(note)
     return key
 
 
@@ -460,9 +554,7 @@ def track(stage: str, name: str, config: Mapping[str, Any], provenance: Mapping[
             journal.append("end", status=status)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                tracker.send(pending=True)
-            if tracker.courier is not None:
-                tracker.courier.end()
+                tracker.finish(WAIT_LEAVING if status == "KILLED" else WAIT)
 
 
 def quietly(tags: Callable[[], dict[str, str]]) -> dict[str, str]:

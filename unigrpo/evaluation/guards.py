@@ -66,8 +66,11 @@ def estimate(values: npt.ArrayLike, *, value: float | None = None) -> Estimate:
 
 
 def over_steps(curves: Sequence[Mapping[str, float]], name: str) -> Estimate | None:
-    """A logged metric's mean over training steps, None where no row has it. Steps see other prompts, which is its noise."""
-    values = [float(row[name]) for row in curves if name in row]
+    """A logged metric's mean over training steps, None where no row has it. Steps see other prompts, which is its noise.
+
+    A step whose update was skipped has values that are not finite: it is left out.
+    """
+    values = [float(row[name]) for row in curves if name in row and np.isfinite(row[name])]
     return estimate(values) if values else None
 
 

@@ -86,7 +86,7 @@ def load_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     try:
         with Image.open(path) as file:
             picture = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} must be a picture that Pillow reads: {error}") from error
     height, width = size
     scale = min(picture.height / height, picture.width / width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,8 @@ def parse_record(line: str, where: str) -> PromptRecord:
     for key, value in data.items():
         wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in TYPES[key])
         _check(isinstance(value, TYPES[key]), where, f"{key!r} to be {wanted}", value)
+    _check(re.fullmatch("[A-Za-z0-9_-]{1,64}", data["id"]) is not None, where,
+           "an id of letters, digits, - and _ (files are named by it)", data["id"])
     _check(bool(data["prompt"].strip()), where, "a prompt with words", data["prompt"])
     _check(bool(data["include"]), where, "at least one include clause", data["include"])
     for key in ("include", "exclude"):

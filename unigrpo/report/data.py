@@ -154,6 +154,9 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
                              f"{derived[stale[0]]}; one of the two is of another run, evaluate again")
     samples = read_json(folder / "samples" / "samples.json", "evaluate", list)
     for sample in samples:
+        if not isinstance(sample, dict) or Path(str(sample.get("image"))).name != sample.get("image"):
+            raise ValueError(f"{folder / 'samples' / 'samples.json'}: every sample must name an image beside it, got "
+                             f"{str(sample)[:120]}; run the evaluate stage again")
         needed(folder / "samples" / sample["image"], "evaluate")
     understanding = read_understanding(needed(folder / "understanding.csv", "evaluate"),
                                        empty="greedy" not in set(outcomes["thinking"]))

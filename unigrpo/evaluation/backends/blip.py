@@ -84,7 +84,8 @@ class BlipYes:
         check_complete(model, info, folder)
         if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
             raise ValueError(f"{folder} lacks its tokenizer: wanted tokenizer.json or vocab.txt")
-        return cls(model, AutoTokenizer.from_pretrained(folder), weights_sha256(folder), device=device, size=size, batch=batch)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks whether to run its code
+        return cls(model, tokenizer, weights_sha256(folder), device=device, size=size, batch=batch)
 
     def __call__(self, images: Sequence[np.ndarray], questions: Sequence[str]) -> np.ndarray:
         """The probability that the answer is yes and not no.
