@@ -12,7 +12,7 @@ import yaml
 
 from unigrpo.evaluate import GRID
 from unigrpo.evaluation.benchmark_table import make_table, write_table
-from unigrpo.evaluation.controls import understanding_metrics, understanding_table, write_understanding
+from unigrpo.evaluation.controls import COLUMNS, understanding_metrics, understanding_table, write_understanding
 from unigrpo.evaluation.outcomes import compute_metrics, write_metrics, write_outcomes
 from unigrpo.stages.session import save_picture
 from unigrpo.worlds.shapes import random_scene, render
@@ -20,7 +20,8 @@ from unigrpo.worlds.shapes.thinking import plan_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-SKILL = {"base": 0.25, "sft": 0.4, "unigrpo": 0.6, "image_only": 0.45}
+SKILL = {"base": 0.25, "sft": 0.4, "unigrpo": 0.6, "image_only": 0.45, "text_only": 0.3}
+OTHER = 0.5                 # the skill of any other run
 CELL = {"on": 1.0, "greedy": 1.05, "off": 0.7, "shuffled": 0.15, "truncated": 0.5}
 GUARDS = {"edge_density": 0.14, "brightness": 0.8, "thinking_length": 9.0, "border_red": 0.92, "border_green": 0.92,
           "border_blue": 0.92}
@@ -28,9 +29,17 @@ GUARDS = {"edge_density": 0.14, "brightness": 0.8, "thinking_length": 9.0, "bord
 
 def write_artifacts(root: Path, *, prompts: int = 48, images: int = 4,
                     checkpoints: tuple[str, ...] = ("base", "sft", "unigrpo/0"),
-                    words: str = "a red circle left of two blue squares", steps: int = 60, shown: int = 8) -> None:
-    """Params and artifacts/smoke under `root`, as the stages write them. The verdicts are coin flips of a stated bias."""
+                    words: str = "a red circle left of two blue squares", steps: int = 60, shown: int = 8,
+                    points: dict[str, dict] | None = None) -> None:
+    """Params and artifacts/smoke under `root`, as the stages write them. The verdicts are coin flips of a stated bias.
+
+    Args:
+        points: entries of params/runs.yaml beside unigrpo. text_only and runs whose names end in _point have the headline cell
+            alone.
+    """
     shutil.copytree(PROJECT / "params", root / "params", dirs_exist_ok=True)
+    if points:
+        (root / "params" / "runs.yaml").write_text(yaml.safe_dump({"unigrpo": {}, **points}), encoding="utf-8")
     runs = [name.split("/") for name in checkpoints if "/" in name]
     named = {f"smoke-{name.replace('/', '-')}": {"scale": "smoke", "checkpoint": name} for name in checkpoints}
     (root / "params" / "experiment.yaml").write_text(yaml.safe_dump({
@@ -53,11 +62,12 @@ def write_checkpoint(folder: Path, name: str, prompts: int, images: int, words: 
     """One checkpoint's files."""
     rng = np.random.default_rng(sum(name.encode()))
     run = name.split("/")[0]
+    skill, grid = SKILL.get(run, OTHER), GRID[:1] if run.endswith("_point") or run == "text_only" else GRID
     rows = []
-    for cfg, thinking in GRID:
+    for cfg, thinking in grid:
         for i in range(prompts):
             reasoning = ("arithmetic", "negation", "")[i % 3]
-            exact = int(rng.binomial(images, min(1.0, SKILL[run] * CELL[thinking])))
+            exact = int(rng.binomial(images, min(1.0, skill * CELL[thinking])))
             plan = 0 if thinking == "off" else int(rng.binomial(images, 0.6))
             rows.append({"prompt_id": f"{i:016x}", "tag": TAGS[i % 6], "reasoning": reasoning,
                          "needs_reasoning": bool(reasoning), "cfg": cfg, "thinking": thinking, "images": images,
@@ -67,15 +77,18 @@ def write_checkpoint(folder: Path, name: str, prompts: int, images: int, words: 
     (folder / "samples").mkdir(parents=True)
     write_outcomes(outcomes, folder / "outcomes.csv")
     write_table(make_table(), folder / "benchmarks.csv")
-    table = understanding_table(outcomes, {f"{i:016x}": (10, 4.0 + float(rng.random()) - SKILL[run]) for i in range(prompts)})
+    losses = {f"{i:016x}": (10, 4.0 + float(rng.random()) - skill) for i in range(prompts)}
+    table = understanding_table(outcomes, losses) if len(grid) > 1 else pd.DataFrame(columns=list(COLUMNS))
     write_understanding(table, folder / "understanding.csv")
     standing = {f"sentinel/{guard}": value * (1.5 if run == "unigrpo" and guard == "edge_density" else 1)
                 for guard, value in GUARDS.items()} | {f"sentinel/{guard}/noise": 0.001 for guard in GUARDS}
-    write_metrics(compute_metrics(outcomes) | understanding_metrics(table) | standing, folder / "metrics.json")
+    known = understanding_metrics(table) if len(grid) > 1 else {}
+    write_metrics(compute_metrics(outcomes) | known | standing, folder / "metrics.json")
     put(folder / "training.json", {"cost/prompts": 480.0, "cost/images": 7680.0, "cost/text_tokens": 201000.0,
                                    "cost/updates": 60.0, "cost/model_calls": 61440.0, "cost/flops": 3.2e13,
                                    "data/wrong_plans_of_reasoning": 0.39, **(
-                                       {"sentinel/probes": 7.0, "sentinel/alarms": 1.0, "sentinel/alarm/gold/thinking": 40.0}
+                                       {"sentinel/probes": 7.0, "sentinel/alarms": 1.0, "sentinel/alarm/gold/thinking": 40.0,
+                                        "image/velocity_mse": 1e-4 / skill, "reward/mean": 1.2}
                                        if "/" in name else {})})
     step = np.arange(steps)
     curves = {"step": step, "image/loss": 0.3 + np.exp(-step / 20), "text/loss": 0.5 + np.exp(-step / 10)}
@@ -91,12 +104,12 @@ def write_checkpoint(folder: Path, name: str, prompts: int, images: int, words: 
     pd.DataFrame(curves).to_csv(folder / "curves.csv", index=False, float_format="%.6g")
     samples = []
     for i in range(shown):
-        for cfg, thinking in GRID:
+        for cfg, thinking in grid:
             scene = random_scene(rng)
             file = f"{i:016x}-cfg_{cfg}-thinking_{thinking}.png"
             save_picture(render([scene], rng)[0], folder / "samples" / file)
             samples.append({"prompt_id": f"{i:016x}", "prompt": words, "thinking": plan_text(scene, rng), "cfg": cfg,
-                            "cell": thinking, "sample": 0, "image": file, "exact": bool(rng.random() < SKILL[run]),
+                            "cell": thinking, "sample": 0, "image": file, "exact": bool(rng.random() < skill),
                             "graded": 0.5})
     put(folder / "samples" / "samples.json", samples)
 

@@ -14,10 +14,12 @@ from scipy.stats import t as student
 
 from unigrpo.evaluation.outcomes import compute_metrics, read_outcomes, write_metrics, write_outcomes
 from unigrpo.evaluation.statistics import value_of
-from unigrpo.report.data import across, named_measures
+from unigrpo.report.blocks import fill
+from unigrpo.report.data import named_measures
 from unigrpo.report.figures import results_figure
 from unigrpo.report.markup import json_tables
-from unigrpo.report.table import BEGIN, END, readme_block, results_table, terminal_table, update_readme
+from unigrpo.report.resampling import across
+from unigrpo.report.table import BEGIN, END, readme_block, results_table, terminal_table
 from unigrpo.stages.report import run
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -230,13 +232,17 @@ def test_terminal_table_and_readme(project: Path) -> None:
     assert f"{100 * report['arms']['unigrpo'][EXACT]['value']:.1f} [" in table
     assert len({len(line) for line in table.splitlines()[2:5]}) == 1
     readme = f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n"
-    new = update_readme(readme, report)
+    new = fill(readme, {"main": report}, "README.md")
     assert new.startswith(f"# Title\n\n{BEGIN}\n")
     assert new.endswith(f"{END}\n\nrest\n")
     assert "old" not in new
-    assert update_readme(new, report) == new
+    assert fill(new, {"main": report}, "README.md") == new
     with pytest.raises(ValueError, match=r"README.md must hold one line"):
-        update_readme("# Title\n", report)
+        fill(f"# Title\n\n{BEGIN}\n", {"main": report}, "README.md")
+    with pytest.raises(ValueError, match=r"README.md has a block of results 'other'; choose from main"):
+        fill("<!-- results other: begin (", {"main": report}, "README.md")
+    with pytest.raises(ValueError, match=r"results of the report main, which is missing"):
+        fill(readme, {}, "README.md")
     assert results_figure(report)[:4] == b"\x89PNG"
 
 

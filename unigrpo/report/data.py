@@ -14,16 +14,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from unigrpo.config import Config
-from unigrpo.digests import sha256_inputs
+from unigrpo.config import Config, load_config, read_yaml
+from unigrpo.digests import flatten, sha256_inputs
 from unigrpo.evaluation.benchmark_table import measures as benchmark_measures
 from unigrpo.evaluation.benchmark_table import read_table, table_metrics
 from unigrpo.evaluation.controls import read_understanding, thinking_effects, understanding_change
@@ -38,12 +37,14 @@ from unigrpo.evaluation.outcomes import (
     read_outcomes,
     significant,
 )
-from unigrpo.evaluation.statistics import LEVEL, Measure, across_seeds, mean_interval, paired_difference, value_of
+from unigrpo.evaluation.statistics import LEVEL, Measure, value_of
 from unigrpo.report import benchmarks
 from unigrpo.report.effects import sentinel_of
-from unigrpo.seeding import generator
+from unigrpo.report.resampling import Statistics, across
 from unigrpo.stages import MAIN_RUN, read_experiment, report_inputs
 
+FOLDERS = {"main": "report", "experiments": "experiments"}      # report -> its folder below artifacts/<scale>/
+FAILURE = "failed.json"          # of a run that ended with an error: {"error": its message}
 PREFIX = "bench/shapes/"
 HEADLINE_METRIC = f"{PREFIX}exact"
 
@@ -84,7 +85,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a report is made from."""
+    """All that a report is made from.
+
+    Args:
+        missing: checkpoint -> why there is nothing of it, in a report of all experiments.
+        settings: run -> its params with dotted keys, of the runs in params/runs.yaml; in a report of all experiments.
+    """
 
     scale: str
     which: str
@@ -93,6 +99,8 @@ class Inputs:
     statistics: dict[str, Any]
     leakage: dict[str, Any]
     digests: dict[str, str]
+    missing: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def arms(self) -> dict[str, list[Checkpoint]]:
         """Run -> its checkpoints, in the order of the report."""
@@ -100,6 +108,13 @@ class Inputs:
         for checkpoint in self.checkpoints:
             found.setdefault(checkpoint.run, []).append(checkpoint)
         return found
+
+    def is_point(self, run: str) -> bool:
+        """Whether a run is a point of a sweep: it takes fewer steps than unigrpo. One without params is none."""
+        main = MAIN_RUN.partition("/")[0]
+        if run not in self.settings or main not in self.settings:
+            return False
+        return bool(self.settings[run]["train.num_steps"] < self.settings[main]["train.num_steps"])
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -117,21 +132,48 @@ def checkpoint_names(scale: str, which: str, root: Path) -> list[str]:
     return sorted(names, key=lambda name: (first.get(name, 2), name.partition("/")[0] != MAIN_RUN.partition("/")[0], name))
 
 
-def read_inputs(scale: str, which: str, root: Path) -> Inputs:
+def read_inputs(scale: str, which: str, root: Path, *, pictures: bool = True) -> Inputs:
     """Read and check every input.
 
-    Raises: ValueError naming the file, and the stage that makes it where it is missing.
+    Args:
+        pictures: whether there must be what DVC holds, samples and prompts. Without them there is no page, and of the inputs
+            that are not there no digest.
+    Raises: ValueError naming the file, and the stage that makes it where it is missing. In a report of all experiments a run
+        that is not there is no error: `missing` says why.
     """
     names = checkpoint_names(scale, which, root)
     folder = root / "artifacts" / scale
-    checkpoints = tuple(read_checkpoint(folder / name, name) for name in names)
-    curate, statistics, leakage = (read_json(folder / file, "curate", dict) for file in
+    missing = {name: why for name in names if (why := absence(folder / name))} if which == "experiments" else {}
+    names = [name for name in names if name not in missing]
+    checkpoints = tuple(read_checkpoint(folder / name, name, pictures=pictures) for name in names)
+    curate, statistics, leakage = (read_json(folder / file, "curate", dict) if pictures else {} for file in
                                    ("curate.json", "prompts/statistics.json", "prompts/leakage.json"))
-    return Inputs(scale, which, checkpoints, curate, statistics, leakage, sha256_inputs(root, report_inputs(scale, names)))
+    files = [file for file in report_inputs(scale, names) if pictures or (root / file).exists()]
+    return Inputs(scale, which, checkpoints, curate, statistics, leakage, sha256_inputs(root, files), missing,
+                  run_settings(scale, root) if which == "experiments" else {})
 
 
-def read_checkpoint(folder: Path, name: str) -> Checkpoint:
-    """One checkpoint's files; its metrics must be those of its outcomes."""
+def absence(folder: Path) -> str | None:
+    """Why there is nothing to report of a run; None if there is. base and sft must be there, whatever happens to runs."""
+    if folder.name in ("base", "sft"):
+        return None
+    trained, evaluated = (folder / "training.json").is_file(), (folder / "outcomes.csv").is_file()
+    if trained and evaluated:
+        return None
+    if (folder / FAILURE).is_file():
+        return "failed: " + str(read_json(folder / FAILURE, "train", dict).get("error", "without a message"))
+    return "trained, not evaluated" if trained else "not run"
+
+
+def run_settings(scale: str, root: Path) -> dict[str, dict[str, Any]]:
+    """Run -> its params at this scale, dotted keys, without what no run may change."""
+    runs = read_yaml(root / "params" / "runs.yaml")
+    return {run: {key: value for key, value in flatten(load_config(scale, run=run, root=root).model_dump(mode="json")).items()
+                  if key != "run"} for run in runs}
+
+
+def read_checkpoint(folder: Path, name: str, *, pictures: bool = True) -> Checkpoint:
+    """One checkpoint's files; its metrics must be those of its outcomes. `pictures`: its samples too."""
     stage = name if name in ("base", "sft") else "train"
     training = read_json(folder / "training.json", stage, dict)
     curves_file = needed(folder / "curves.csv", stage)
@@ -152,7 +194,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
         if stale := [key for key, value in derived.items() if metrics.get(key) != value]:
             raise ValueError(f"{folder / 'metrics.json'}: {stale[0]} is {metrics.get(stale[0])}, but {file} beside it gives "
                              f"{derived[stale[0]]}; one of the two is of another run, evaluate again")
-    samples = read_json(folder / "samples" / "samples.json", "evaluate", list)
+    samples = read_json(folder / "samples" / "samples.json", "evaluate", list) if pictures else []
     for sample in samples:
         if not isinstance(sample, dict) or Path(str(sample.get("image"))).name != sample.get("image"):
             raise ValueError(f"{folder / 'samples' / 'samples.json'}: every sample must name an image beside it, got "
@@ -206,41 +248,6 @@ def all_measures(checkpoint: Checkpoint) -> dict[str, Measure]:
     return shapes | benchmark_measures(checkpoint.benchmarks)
 
 
-class Statistics:
-    """Intervals of one report. Its draws do not depend on arm or metric: all that is measured on the same prompts shares its
-    resamples, and a value that appears twice has one interval."""
-
-    def __init__(self, *, seed: int, resamples: int) -> None:
-        self.seed, self.resamples = seed, resamples
-
-    def value(self, first: Measure) -> dict[str, Any]:
-        """A value with its interval over prompts; without one where there are fewer than two prompts."""
-        if _size(first) < 2:
-            return {"value": significant(value_of(first)), "low": None, "high": None}
-        return rounded(mean_interval(first, generator(self.seed, "bootstrap"), resamples=self.resamples))
-
-    def difference(self, first: Measure, second: Measure) -> dict[str, Any]:
-        """First minus second with its paired interval over prompts."""
-        if _size(first) < 2:
-            return {"value": significant(value_of(first) - value_of(second)), "low": None, "high": None}
-        return rounded(paired_difference(first, second, generator(self.seed, "bootstrap"), resamples=self.resamples))
-
-
-def rounded(interval: Mapping[str, float]) -> dict[str, Any]:
-    """Value, low and high with 6 significant digits."""
-    return {name: significant(interval[name]) for name in ("value", "low", "high")}
-
-
-def across(singles: Mapping[str | None, Mapping[str, Any]]) -> dict[str, Any]:
-    """One entry of `arms` or `differences` from its seeds, seed -> {value, low, high}."""
-    seeds = {seed: dict(single) for seed, single in singles.items() if seed is not None}
-    if len(singles) == 1:
-        return {**next(iter(singles.values())), "over": "prompts", "seeds": seeds}
-    mean = across_seeds([float(single["value"]) for single in singles.values()])
-    found = {name: significant(float(mean[name])) for name in ("value", "low", "high")}  # type: ignore[arg-type]
-    return found | {"over": "seeds", "seeds": seeds}
-
-
 def combine(per_seed: Mapping[str | None, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Seed -> metric -> interval, as metric -> entry; metrics that a seed lacks are left out."""
     common = [metric for metric in next(iter(per_seed.values())) if all(metric in found for found in per_seed.values())]
@@ -257,12 +264,11 @@ def difference_pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if a in arms and b in arms]
 
 
-def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
-    """The report's numbers: everything in report.json.
+def build_report(inputs: Inputs, config: Config, statistics: Statistics) -> dict[str, Any]:
+    """The numbers that every report has: all of the main report.json.
 
     Raises: ValueError if two checkpoints were evaluated on different prompts.
     """
-    statistics = Statistics(seed=config.evaluate.seed, resamples=config.report.bootstrap)
     arms = inputs.arms()
     measures = {c.name: all_measures(c) for c in inputs.checkpoints}
     check_alike(measures, drawn(inputs.checkpoints[0])["headline_metric"])
@@ -270,7 +276,7 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
     values = {run: combine({c.seed: {metric: statistics.value(found) for metric, found in measures[c.name].items()}
                             for c in members}) for run, members in arms.items()}
     differences = {}
-    for first, second in difference_pairs(list(arms)):
+    for first, second in difference_pairs([run for run in arms if not inputs.is_point(run)]):
         matched = match_seeds(arms[first], arms[second])
         if matched:
             differences[f"{first}-{second}"] = combine({
@@ -282,8 +288,9 @@ def build_report(inputs: Inputs, config: Config) -> dict[str, Any]:
     lost = {}
     if warm is not None and not warm.understanding.empty:
         lost = {f"{run}-sft": combine({c.seed: understanding_change(warm.understanding, c.understanding, statistics.difference)
-                                       for c in members}) for run, members in arms.items()
-                if run not in ("base", "sft") and not any(c.understanding.empty for c in members)}
+                                       for c in members if not c.understanding.empty})
+                for run, members in arms.items()
+                if run not in ("base", "sft") and not all(c.understanding.empty for c in members)}
     report = {
         "scale": inputs.scale, "report": inputs.which, "arms": values, "differences": differences,
         "controls": {run: found for run, found in controls.items() if found}, "understanding": lost,
@@ -392,7 +399,3 @@ def headline(report: Mapping[str, Any]) -> dict[str, Any]:
     return {"difference": pair, "metric": HEADLINE_METRIC, **{key: gain[key] for key in ("value", "low", "high")},
             "sentence": sentence}
 
-
-def _size(first: Measure) -> int:
-    """The number of prompts of a measure."""
-    return int(np.size(first.numerator))

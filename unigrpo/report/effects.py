@@ -74,12 +74,18 @@ def sentinel(report: Mapping[str, Any]) -> list[str]:
     """Alarms of every run, and what nobody rewards at its evaluation against the warm-up's."""
     parts = [markup.paragraph("At every probe the sentinel looks at what nobody rewards; an alarm rises where the reward goes "
                               "up while one of these goes wrong. The table compares evaluations; docs/sentinel.md says how.")]
-    found = report["sentinel"]
+    roster = report.get("roster", {})
+    found = {name: entry for name, entry in report["sentinel"].items()
+             if entry["alarms"] or not roster.get(name.partition("/")[0], {}).get("point")}
     for name, entry in found.items():
         alarms = "; ".join(f"{guard.replace('_', ' ')} at step {step}" for guard, step in entry["alarms"].items())
         parts.append(markup.paragraph(f"{name}: {entry['probes']} probes, " + (f"ALARM: {alarms}." if alarms else "no alarm.")))
     guards = [guard for guard in GUARDS if any(guard in entry["evaluation"] for entry in found.values())]
-    if guards:
+    if len(found) > len(guards):
+        rows = [[escape(name), *(_change(entry["evaluation"].get(guard)) for guard in guards)] for name, entry in found.items()]
+        header = ["change since the warm-up (allowed)", *(escape(WORDS.get(kind(guard), guard)) for guard in guards)]
+        parts.append(markup.table(header, rows))
+    elif guards:
         rows = [[escape(WORDS.get(kind(guard), guard)), *(_change(entry["evaluation"].get(guard)) for entry in found.values())]
                 for guard in guards]
         parts.append(markup.table(["change since the warm-up (allowed)", *map(escape, found)], rows))

@@ -170,38 +170,42 @@ BARS = {                                     # metric below bench/shapes/ -> its
 }
 
 
-def results_figure(report: Mapping[str, Any], pairs: Sequence[tuple[str, Sequence[tuple[str, Path]]]] = ()) -> bytes:
+def results_figure(report: Mapping[str, Any], pairs: Sequence[tuple[str, Sequence[tuple[str, Path]]]] = (), *,
+                   arms: Sequence[str] | None = None) -> bytes:
     """Every arm's main measures with intervals, from report.json; optionally pictures before and after beside them.
 
     Args:
         report: as build_report returns it. pairs: (prompt, ((arm, picture file), ...)) for the pictures.
+        arms: that are drawn, all by default.
     """
-    arms = [arm for arm in ("base", "sft", "unigrpo") if arm in report["arms"]] \
-        + sorted(set(report["arms"]) - {"base", "sft", "unigrpo"})
+    if arms is None:
+        arms = [arm for arm in ("base", "sft", "unigrpo") if arm in report["arms"]] \
+            + sorted(set(report["arms"]) - {"base", "sft", "unigrpo"})
+    gap, many = min(0.2, 0.8 / len(arms)), len(arms) > 4
     colors = arm_colors(arms)
     names = [name for name in BARS if any(f"bench/shapes/{name}" in report["arms"][arm] for arm in arms)]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(9.6, 0.5 * len(names) + 1.1), layout="constrained")
+        figure = Figure(figsize=(9.6, (0.12 * len(arms) if many else 0.5) * len(names) + 1.1), layout="constrained")
         grid = figure.add_gridspec(1, 2, width_ratios=[1.25, 1]) if pairs else figure.add_gridspec(1, 1)
         axes = figure.add_subplot(grid[0, 0])
         for number, arm in enumerate(arms):
-            offset = (number - (len(arms) - 1) / 2) * 0.2
+            offset = (number - (len(arms) - 1) / 2) * gap
             for row, name in enumerate(names):
                 entry = report["arms"][arm].get(f"bench/shapes/{name}")
                 if entry is None:
                     continue
                 low, high = (entry[key] if entry[key] is not None else entry["value"] for key in ("low", "high"))
                 axes.plot([100 * low, 100 * high], [row + offset] * 2, color=colors[arm], linewidth=1.6, alpha=0.55)
-                axes.plot(100 * entry["value"], row + offset, "o", color=colors[arm], markersize=5.2,
+                axes.plot(100 * entry["value"], row + offset, "o", color=colors[arm], markersize=4 if many else 5.2,
                           label=arm if row == 0 else None)
         axes.set_yticks(range(len(names)), [BARS[name] for name in names])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlim(0, 100)
         axes.set_xlabel("% of images, bars are 95 % intervals")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(arms), fontsize=8.5)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(6, len(arms)), fontsize=8.5)
         if pairs:
             _pictures(figure, grid[0, 1], pairs, colors)
         return png(figure)

@@ -53,6 +53,13 @@ figcaption { color: var(--soft); font-size: .84rem; margin-top: .4rem; max-width
             border: 1px solid var(--line); }
 .pair .name { font: 600 .8rem system-ui, sans-serif; margin: 0 0 .3rem; }
 .thinking { color: var(--soft); font-size: .84rem; line-height: 1.4; margin: .45rem 0 0; }
+.row { display: flex; flex-wrap: wrap; gap: .8rem; } .row > div { width: 6.6rem; }
+.row img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; border: 1px solid var(--line); }
+.row .name { font: 600 .7rem/1.25 system-ui, sans-serif; margin: 0 0 .3rem; min-height: 2.5em; overflow-wrap: anywhere; }
+.card + .card { margin-top: 1rem; } .gallery .card + .card { margin-top: 0; }
+.verdict { font: 600 .78rem system-ui, sans-serif; white-space: nowrap; border: 1px solid currentColor; border-radius: 4px;
+           padding: .08rem .4rem; } .verdict.open { color: var(--soft); }
+table.verdicts td, table.verdicts th { white-space: normal; } table.verdicts th { min-width: 11rem; }
 .mark { font-size: .8rem; font-weight: 600; margin: .4rem 0 0; } .right { color: var(--right); } .wrong { color: var(--wrong); }
 dl { font-size: .88rem; line-height: 1.45; max-width: 50rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem; color: var(--soft); }
@@ -112,6 +119,21 @@ def number(value: Any) -> str:
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e12):
         return f"{int(value):,}".replace(",", "\u00a0")
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def amount(value: float | None) -> str:
+    """A count; powers of ten where it is long."""
+    if value is None:
+        return "–"
+    if abs(value) < 1e9:
+        return number(float(value))
+    digits, _, power = f"{value:.2e}".partition("e")
+    return f"{digits} × 10<sup>{int(power)}</sup>"
+
+
+def dotted(name: str, colors: Mapping[str, str]) -> str:
+    """A name with its colour."""
+    return f'<span class="dot" style="background:{colors.get(name, "#999")}"></span>{escape(name)}'
 
 
 def spoken(name: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 from unigrpo.config import Config
 from unigrpo.evaluation.outcomes import CFG, HEADLINE, THINKING
-from unigrpo.report import effects, markup
+from unigrpo.report import claims_page, effects, markup
 from unigrpo.report.benchmarks import main_rows, order
+from unigrpo.report.claims_figures import all_figures
 from unigrpo.report.data import PREFIX, Checkpoint, Inputs
 from unigrpo.report.figures import SUPERVISED_PANELS, arm_colors, curves_figure, results_figure, training_panels
 from unigrpo.report.table import ROWS, arm_order, footnote
@@ -27,17 +28,19 @@ DEFINITIONS = {
 }
 
 
-def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config) -> str:
+def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config, pictures: Mapping[str, bytes]) -> str:
     """The page.
 
     Args:
-        report: as build_report returns it. inputs: what it was made from. config: for the number of updates and the gallery.
+        report: as full_report returns it. inputs: what it was made from. config: for the number of updates and the gallery.
+        pictures: figures by name, as `figures` makes them.
     Returns: HTML with style and images inside; the same inputs give the same bytes.
     """
-    arms = arm_order(report["arms"])
+    arms = shown_arms(report)
     colors = arm_colors(arms)
     sections = [
-        ("results", "Results", results(report, arms, colors)),
+        *(claims_page.sections(report, inputs, colors, pictures) if "claims" in report else []),
+        ("results", "Results", results(report, arms, colors, pictures)),
         *([("benchmarks", "GenEval and T2I-CompBench", benchmarks(report, arms, colors))] if "scores" in report else []),
         *([("categories", "By category and kind of reasoning", categories(report, arms, colors)),
            ("grid", "Guidance and thinking", grid(report, arms, colors)),
@@ -60,6 +63,18 @@ def render_page(report: Mapping[str, Any], inputs: Inputs, config: Config) -> st
     return markup.document(f"UniGRPO report, scale {report['scale']}", body)
 
 
+def shown_arms(report: Mapping[str, Any]) -> list[str]:
+    """The arms that get a column: all but points of sweeps."""
+    roster = report.get("roster", {})
+    return [arm for arm in arm_order(report["arms"]) if not roster.get(arm, {}).get("point")]
+
+
+def figures(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """Name -> PNG, of the figures that follow from report.json alone."""
+    found = {"results": results_figure(report, arms=shown_arms(report))} if shapes(report) else {}
+    return found | (all_figures(report) if "claims" in report else {})
+
+
 def shapes(report: Mapping[str, Any]) -> bool:
     """Whether the prompts of the shapes world were drawn."""
     return any(metric.startswith(PREFIX) for found in report["arms"].values() for metric in found)
@@ -77,11 +92,6 @@ def interval_cell(entry: Mapping[str, Any] | None, *, gain: bool = False) -> str
     return f"{start}{100 * entry['value']:{form}}{bounds}</td>".replace("-", "−")
 
 
-def arm_name(arm: str, colors: Mapping[str, str]) -> str:
-    """An arm with its colour."""
-    return f'<span class="dot" style="background:{colors.get(arm, "#999")}"></span>{escape(arm)}'
-
-
 def main_differences(report: Mapping[str, Any]) -> list[str]:
     """The differences that get a column: unigrpo against sft, and in the main report sft against base."""
     wanted = ("unigrpo-sft", "sft-base") if report["report"] == "main" else ("unigrpo-sft",)
@@ -92,21 +102,22 @@ def metric_table(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping
                  caption: str = "", prefix: str = PREFIX) -> str:
     """Metrics below bench/shapes/ (or another prefix) as rows, arms and differences as columns, in percent with intervals."""
     pairs = main_differences(report)
-    header = ["", *(arm_name(arm, colors) for arm in arms), *(escape(pair.replace("-", " − ")) for pair in pairs)]
+    header = ["", *(markup.dotted(arm, colors) for arm in arms), *(escape(pair.replace("-", " − ")) for pair in pairs)]
     rows = [[escape(label), *(interval_cell(report["arms"][arm].get(prefix + name)) for arm in arms),
              *(interval_cell(report["differences"][pair].get(prefix + name), gain=True) for pair in pairs)]
             for name, label in names.items() if any(prefix + name in report["arms"][arm] for arm in arms)]
     return markup.table(header, rows, caption=caption)
 
 
-def results(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str]) -> list[str]:
+def results(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, str],
+            pictures: Mapping[str, bytes]) -> list[str]:
     """The main table, its figure, every seed singly and what the words mean."""
     rows = {PREFIX + name: label for name, label in ROWS.items()} | main_rows(report.get("scores", {}))
     parts = [metric_table(report, arms, colors, rows, "Percent, with 95 % intervals; differences in points", prefix=""),
              markup.paragraph(footnote(report), note=True)]
     if not shapes(report):
         return parts + (differences(report) if report["report"] != "main" else [])
-    parts.append(markup.figure(results_figure(report), "values of every arm with intervals", "The same values as a picture."))
+    parts.append(markup.figure(pictures["results"], "values of every arm with intervals", "The same values as a picture."))
     parts += differences(report) if report["report"] != "main" else []
     words = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in DEFINITIONS.items())
     return [*parts, f"<dl>{words}</dl>"]
@@ -164,7 +175,7 @@ def grid(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, st
             label = f"guidance {cfg}, thinking {THINKING_NAMES[thinking]}"
             label += " (headline)" if (cfg, thinking) == HEADLINE else ""
             rows.append([escape(label), *(shaded(report["arms"][arm].get(f"{PREFIX}{name}/exact")) for arm in arms), seen])
-    header = ["", *(arm_name(arm, colors) for arm in arms), "share of the warm-up"]
+    header = ["", *(markup.dotted(arm, colors) for arm in arms), "share of the warm-up"]
     wrong = shown["wrong_plans"]
     text = (f"By intent {100 * shown['thinking_error']:.0f} % of the warm-up's reasoning prompts carry a wrong plan"
             + ("" if wrong is None else f" ({100 * wrong:.1f} % were counted)")
@@ -173,7 +184,7 @@ def grid(report: Mapping[str, Any], arms: Sequence[str], colors: Mapping[str, st
     parts = [markup.paragraph("Every checkpoint draws every prompt in every cell, from the same noise. The last column says "
                               "how much of the warm-up was drawn in the cell's context, so how well the model could know it."),
              markup.table(header, rows, caption="Exact accuracy, percent", kind="grid"), markup.paragraph(text)]
-    names = [arm_name(arm, colors) for arm in arms]
+    names = [markup.dotted(arm, colors) for arm in arms]
     return parts + effects.contribution(report["controls"], names, arms, partial(interval_cell, gain=True))
 
 
@@ -190,7 +201,7 @@ def shaded(entry: Mapping[str, Any] | None) -> str:
 
 def curves(inputs: Inputs, config: Config, colors: Mapping[str, str]) -> list[str]:
     """Curves of every training: the RL runs together, base and warm-up each alone."""
-    runs = [c for c in inputs.checkpoints if c.run not in ("base", "sft")]
+    runs = [c for c in inputs.checkpoints if c.run not in ("base", "sft") and not inputs.is_point(c.run)]
     parts = []
     if runs and (image := curves_figure(runs, training_panels(config.train.updates_per_rollout), colors)):
         drawn = "running means" if len(runs) > 1 else "faint as logged, strong as a running mean"
@@ -239,7 +250,7 @@ def side(checkpoint: Checkpoint, sample: Mapping[str, Any], colors: Mapping[str,
     mark = '<p class="mark right">✓ right</p>' if sample["exact"] else '<p class="mark wrong">✗ wrong</p>'
     thinking = f'<p class="thinking">{escape(sample["thinking"])}</p>' if sample["thinking"] else ""
     image = markup.picture(png, sample["prompt"])
-    return f'<div><p class="name">{arm_name(checkpoint.run, colors)}</p>{image}{mark}{thinking}</div>'
+    return f'<div><p class="name">{markup.dotted(checkpoint.run, colors)}</p>{image}{mark}{thinking}</div>'
 
 
 # --------------------------------------------------------------------------------------------------------- the account
@@ -272,22 +283,12 @@ def cost(report: Mapping[str, Any]) -> list[str]:
     """Counted work of every checkpoint's own training."""
     found = {name: entries for name, entries in report["cost"].items() if entries}
     columns = [key for key in COST_NAMES if any(key in entries for entries in found.values())]
-    rows = [[escape(name), *(amount(entries.get(key)) for key in columns)] for name, entries in found.items()]
+    rows = [[escape(name), *(markup.amount(entries.get(key)) for key in columns)] for name, entries in found.items()]
     if report["report"] == "main" and len(found) > 1:
-        rows.append(["together", *(amount(sum(entries.get(key, 0) for entries in found.values())) for key in columns)])
+        rows.append(["together", *(markup.amount(sum(entries.get(key, 0) for entries in found.values())) for key in columns)])
     return [markup.paragraph("Counted, not timed: the same on every machine. Seconds, memory and hardware are in MLflow "
                              "(make ui). Each line is the stage's own training, without what it starts from."),
             markup.table(["", *(COST_NAMES[key] for key in columns)], rows)]
-
-
-def amount(value: float | None) -> str:
-    """A count; powers of ten where it is long."""
-    if value is None:
-        return "–"
-    if abs(value) < 1e9:
-        return markup.number(float(value))
-    digits, _, power = f"{value:.2e}".partition("e")
-    return f"{digits} × 10<sup>{int(power)}</sup>"
 
 
 def how(report: Mapping[str, Any]) -> list[str]:

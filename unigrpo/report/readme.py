@@ -1,4 +1,4 @@
-"""The README's results: its block and its picture, rewritten from artifacts/<scale>/report/report.json."""
+"""The README's results and those of docs/: blocks and picture, rewritten from the report.json of artifacts/<scale>/."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unigrpo.report.blocks import fill, names_in, pages
+from unigrpo.report.data import FOLDERS
 from unigrpo.report.figures import results_figure
-from unigrpo.report.table import read_report, update_readme
+from unigrpo.report.table import read_report
 
 PICTURE = Path("docs/images/results.png")
 SHOWN = 4                                    # prompts drawn before and after in the picture
 
 
+def read_reports(root: Path, scale: str) -> dict[str, dict[str, Any]]:
+    """main and experiments, those that are there."""
+    folder = root / "artifacts" / scale
+    return {which: read_report(folder / name / "report.json") for which, name in FOLDERS.items()
+            if (folder / name / "report.json").is_file()}
+
+
 def write_readme(root: Path, scale: str) -> list[Path]:
-    """Rewrite README.md between its marks, and docs/images/results.png. Returns the files that changed.
+    """Rewrite README.md and docs/*.md between their marks, and docs/images/results.png. Returns the files that changed.
 
     The pictures in the figure are those of the first evaluation prompts, not chosen; without the samples, which DVC holds, it
     has none.
 
-    Raises: ValueError if the report is missing, or the README's marks are.
+    Raises: ValueError if a report is missing, or a mark is.
     """
     folder = root / "artifacts" / scale
-    report = read_report(folder / "report" / "report.json")
-    readme = root / "README.md"
-    new = {readme: update_readme(readme.read_text(encoding="utf-8"), report).encode(),
-           root / PICTURE: results_figure(report, sample_pairs(folder))}
+    reports = read_reports(root, scale)
+    main = read_report(folder / "report" / "report.json")
+    new = {path: fill(text, reports, path.relative_to(root).as_posix()).encode() for path in pages(root)
+           if names_in(text := path.read_text(encoding="utf-8"))}
+    new[root / PICTURE] = results_figure(main, sample_pairs(folder))
     changed = [path for path, content in new.items() if not path.is_file() or path.read_bytes() != content]
     for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)

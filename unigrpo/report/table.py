@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def percent(entry: Mapping[str, Any] | None, *, sign: bool = False) -> str:
 
 
 def result_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the results table: every arm, and unigrpo's gain over sft."""
-    arms = arm_order(report["arms"])
+    """Header and rows of the results table: every arm (in a report of all experiments the first three), and unigrpo's gain over
+    sft."""
+    arms = arm_order(report["arms"])[:3 if "roster" in report else None]
     gain = report["differences"].get("unigrpo-sft", {})
     header = ["%", *arms, *(["unigrpo - sft"] if gain else [])]
     rows = []
@@ -66,13 +68,27 @@ def result_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def terminal_table(report: Mapping[str, Any]) -> str:
-    """What `make repro` ends with: the headline, a table with 95 % intervals, and how it was measured."""
+    """What `make repro` ends with: the headline, a table with 95 % intervals, and how it was measured; of all experiments also
+    the verdicts, and a line an arm."""
     header, rows = result_rows(report)
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in [header, *rows]]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([report["headline"]["sentence"], "", *lines, "", footnote(report)])
+    claims = [line for claim in report.get("claims", ()) for line in textwrap.wrap(
+        f"{claim['title']}. {claim['sentence']}", 120, subsequent_indent="    ")]
+    lines = [report["headline"]["sentence"], "", *lines, "", footnote(report)]
+    if "roster" in report:
+        lines += ["", *arm_lines(report["roster"])]
+    return "\n".join([*lines, "", *claims] if claims else lines)
+
+
+def arm_lines(roster: Mapping[str, Any]) -> list[str]:
+    """A line an arm: its exact accuracy, or why there is none."""
+    width = max(len(name) for name in roster)
+    return [f"{name.ljust(width)}  {percent(found['exact']) if found['exact'] else '-':>20}  "
+            f"{found['status'] if found['status'] != 'ran' else 'seeds ' + ', '.join(found['seeds'])}"
+            for name, found in roster.items()]
 
 
 def footnote(report: Mapping[str, Any]) -> str:
@@ -89,10 +105,3 @@ def readme_block(report: Mapping[str, Any]) -> str:
     header, rows = result_rows(report)
     table = ["| " + " | ".join(row) + " |" for row in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
     return "\n".join([BEGIN, "", f"**{report['headline']['sentence']}**", "", *table, "", footnote(report), "", END])
-
-
-def update_readme(readme: str, report: Mapping[str, Any]) -> str:
-    """The README with its results block rewritten. Raises ValueError unless both marks are there once, in order."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md must hold one line {BEGIN!r} and after it one {END!r}")
-    return readme[:readme.index(BEGIN)] + readme_block(report) + readme[readme.index(END) + len(END):]
