@@ -11,12 +11,13 @@ import pytest
 import yaml
 from small import ROOT, small_config, small_policy, small_prompts
 
-from unigrpo.arms import Arm, explain, list_arms, run_arms
+from unigrpo.arms import Arm, explain, list_arms, note_failures, run_arms
 from unigrpo.evaluate import GRIDS, grid_images
 from unigrpo.evaluation.controls import read_understanding, thinking_effects
 from unigrpo.evaluation.outcomes import read_outcomes
 from unigrpo.experiment import RunSet, expand, make_request, read_sets, render, written_request
 from unigrpo.prompts.records import write_records
+from unigrpo.report.data import absence
 from unigrpo.stages import CELLS, parse_name
 from unigrpo.stages.evaluate import run as evaluate
 from unigrpo.stages.loading import save_policy
@@ -27,14 +28,12 @@ def test_every_run_is_in_a_set_and_claims_come_first():
     sets = yaml.safe_load((ROOT / "params" / "sets.yaml").read_text())
     runs = yaml.safe_load((ROOT / "params" / "runs.yaml").read_text())
     assert {run for part in sets.values() for run in part["runs"]} == set(runs)
-    kinds = [name.split("_")[0] for name in sets]
-    assert kinds == sorted(kinds, key=["paper", "claim", "sweep"].index)
+    assert [name.split("_")[0] for name in sets] == sorted(name.split("_")[0] for name in sets)
     request = make_request(ROOT, ["tiny"])
-    assert [arm[1] for arm in request.arms()][:15] == [0, 1, 2] + [0] * 4 + [1] * 4 + [2] * 4   # a set's arms a seed at a time
+    assert [arm[1] for arm in request.arms()][:15] == [0] * 5 + [1] * 5 + [2] * 5       # claim 1, a seed at a time
     for (run, seed), cells in request.arms().items():
         sweep = run in {name for label, part in sets.items() if label.startswith("sweep") for name in part["runs"]}
-        whole = run in ("unigrpo", "cfg_rollout", "no_regularizer")  # compared in other cells too
-        assert cells == ("all" if whole else "headline")
+        assert cells == ("headline" if sweep else "all")
         assert not sweep or (seed == 0 and runs[run]["times"]["train.num_steps"] == 0.25)
 
 
@@ -53,7 +52,7 @@ def test_impossible_requests_are_refused(tmp_path):
         with pytest.raises(ValueError, match=wanted):
             make_request(ROOT, ["tiny"], **arguments)
     request = make_request(ROOT, ["tiny"], sets=["claim_1"])
-    request = type(request)(request.scales, (*request.sets, RunSet(("text_only",), (0,), "all")), "")
+    request = type(request)(request.scales, (*request.sets, RunSet(("unigrpo",), (0,), "headline")), "")
     with pytest.raises(ValueError, match="two sets"):
         request.arms()
     (tmp_path / "params").mkdir()
@@ -169,3 +168,19 @@ def test_an_interrupted_experiment_leaves_nothing_running(tmp_path):
         run_arms(tmp_path, arms, 2, say=stop, command=lambda stage: [sys.executable, "-c", script], pause=0.01)
     assert time.monotonic() - start < 10
     assert not (tmp_path / "late").exists()
+
+
+def test_a_failed_arm_leaves_its_last_words(tmp_path):
+    """They are its row in the report of all experiments; what has results needs none."""
+    (tmp_path / "params").mkdir()
+    shutil.copy(ROOT / "params" / "experiment.yaml", tmp_path / "params")
+    logs = tmp_path / ".unigrpo" / "experiments"
+    logs.mkdir(parents=True)
+    (logs / "tiny-text_only-1.log").write_text("first\nloss is not finite\n")
+    note_failures(tmp_path, "tiny", {"tiny-text_only-1": "train@tiny-text_only-1", "tiny-sft": "evaluate@tiny-sft"})
+    folder = tmp_path / "artifacts" / "tiny" / "text_only" / "1"
+    assert absence(folder) == "failed: train@tiny-text_only-1: loss is not finite"
+    assert absence(folder.parent / "2") == "not run"
+    (folder / "training.json").write_text("{}")
+    (folder / "outcomes.csv").write_text("")
+    assert absence(folder) is None
