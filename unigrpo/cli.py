@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from unigrpo.commands import doctor, export, generate, import_bagel, parse_prompts, prompts, score, serve_rewards
+from unigrpo.commands import doctor, export, generate, import_bagel, parse_prompts, prompts, score, serve_rewards, verify
 
 
 def project_root() -> Path:
@@ -41,7 +41,7 @@ def arms_command(args: argparse.Namespace) -> int:
     """Bring every arm up to date, some at a time."""
     from unigrpo.arms import run_experiments
 
-    return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only, show=args.show) else 0
+    return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only) else 0
 
 
 def store_command(args: argparse.Namespace) -> int:
@@ -104,7 +104,6 @@ def parser() -> argparse.ArgumentParser:
     arms.add_argument("--scale", default="tiny")
     arms.add_argument("--jobs", type=int, help="arms at a time; at most, and by default, compute.slots")
     arms.add_argument("--only", nargs="+", metavar="NAME", help="arms such as tiny-unigrpo-0")
-    arms.add_argument("--show", action="store_true", help="the stages' own lines in place of logs")
     arms.set_defaults(function=arms_command)
     writes = actions.add_parser("write", help="sets of runs x seeds into params/ and dvc.yaml")
     writes.add_argument("--scale", nargs="+", required=True, help="files of params/scales/")
@@ -134,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a report's results as a table, or into the README")
     report.add_argument("--scale", default="tiny")
     report.add_argument("--which", choices=["report", "experiments"], default="report", help="a folder of artifacts/<scale>/")
-    report.add_argument("--readme", action="store_true", help="rewrite the README's table and picture")
+    report.add_argument("--readme", action="store_true", help="rewrite the results in README.md and docs/")
     report.set_defaults(function=report_command)
     generate.add_parser(commands)
     import_bagel.add_parser(commands)
@@ -144,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_parser(commands)
     serve_rewards.add_parser(commands)
     prompts.add_parser(commands)
+    verify.add_parser(commands)
     return top
 
 

@@ -17,9 +17,10 @@ RECORDERS = frozenset({
     "unigrpo", "unigrpo.__main__", "unigrpo.checks", "unigrpo.cli", "unigrpo.closure", "unigrpo.commands",
     "unigrpo.commands.doctor", "unigrpo.commands.export", "unigrpo.commands.generate", "unigrpo.commands.import_bagel",
     "unigrpo.commands.parse_prompts", "unigrpo.commands.prompts", "unigrpo.commands.score", "unigrpo.commands.score_canary",
-    "unigrpo.commands.score_compbench", "unigrpo.commands.score_geneval", "unigrpo.commands.serve_rewards",
-    "unigrpo.commands.doctor_run", "unigrpo.courier", "unigrpo.digests", "unigrpo.dvcfiles", "unigrpo.experiment",
-    "unigrpo.footprint", "unigrpo.gallery", "unigrpo.generate", "unigrpo.interchange", "unigrpo.links", "unigrpo.plan",
+    "unigrpo.commands.doctor_run", "unigrpo.commands.rerun", "unigrpo.commands.score_compbench",
+    "unigrpo.commands.score_geneval", "unigrpo.commands.serve_rewards", "unigrpo.commands.verify", "unigrpo.courier",
+    "unigrpo.digests", "unigrpo.dvcfiles", "unigrpo.experiment", "unigrpo.footprint", "unigrpo.gallery", "unigrpo.generate",
+    "unigrpo.interchange", "unigrpo.links", "unigrpo.plan",
     "unigrpo.preemption", "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.sealed",
     "unigrpo.stages", "unigrpo.tracking"})
 
