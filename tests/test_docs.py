@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from unigrpo.report.blocks import block_of, names_in
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/algorithm.md", "docs/pipeline.md", "docs/curves.md", "docs/scales.md",
          "docs/checkpoints.md", "docs/generation.md", "docs/prompts.md", "docs/rewards.md", "docs/scoring.md",
-         "docs/scoring_t2i.md", "docs/sentinel.md", "docs/mlflow.md", "docs/reliability.md", "docs/security.md"]
+         "docs/scoring_t2i.md", "docs/sentinel.md", "docs/mlflow.md", "docs/reliability.md", "docs/security.md",
+         "docs/experiments.md"]
 
 
 def text_of(page: str) -> str:
@@ -62,3 +65,17 @@ def test_no_target_is_promised_that_make_lacks() -> None:
     for page in PAGES:
         for target in set(re.findall(r"(?:`|^)make ([a-z-]+)", text_of(page), re.MULTILINE)):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page} names `make {target}`, which the Makefile lacks"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_results_stand_between_marks(page: str) -> None:
+    """Outside the marked blocks no page states an accuracy or a gain; those blocks are written by `unigrpo report --readme`."""
+    text = text_of(page)
+    for name in names_in(text):
+        block = block_of(text, name)
+        assert block, f"{page}: the block {name} is not closed"
+        text = text.replace(block, "")
+    found = re.findall(r"[+−-]\d+(?:\.\d+)? points|\d+\.\d points", text)
+    if page in ("README.md", "docs/experiments.md"):
+        found += re.findall(r"\d+\.\d %", text)
+    assert found == [], f"{page} states results outside marks; see unigrpo/report/blocks.py"
