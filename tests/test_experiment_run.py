@@ -28,12 +28,14 @@ def test_every_run_is_in_a_set_and_claims_come_first():
     sets = yaml.safe_load((ROOT / "params" / "sets.yaml").read_text())
     runs = yaml.safe_load((ROOT / "params" / "runs.yaml").read_text())
     assert {run for part in sets.values() for run in part["runs"]} == set(runs)
-    assert [name.split("_")[0] for name in sets] == sorted(name.split("_")[0] for name in sets)
+    kinds = [name.split("_")[0] for name in sets]
+    assert kinds == sorted(kinds, key=["paper", "claim", "sweep"].index)
     request = make_request(ROOT, ["tiny"])
-    assert [arm[1] for arm in request.arms()][:15] == [0] * 5 + [1] * 5 + [2] * 5       # claim 1, a seed at a time
+    assert [arm[1] for arm in request.arms()][:15] == [0, 1, 2] + [0] * 4 + [1] * 4 + [2] * 4   # a set's arms a seed at a time
     for (run, seed), cells in request.arms().items():
         sweep = run in {name for label, part in sets.items() if label.startswith("sweep") for name in part["runs"]}
-        assert cells == ("headline" if sweep else "all")
+        whole = run in ("unigrpo", "cfg_rollout", "no_regularizer")  # compared in other cells too
+        assert cells == ("all" if whole else "headline")
         assert not sweep or (seed == 0 and runs[run]["times"]["train.num_steps"] == 0.25)
 
 
@@ -52,7 +54,7 @@ def test_impossible_requests_are_refused(tmp_path):
         with pytest.raises(ValueError, match=wanted):
             make_request(ROOT, ["tiny"], **arguments)
     request = make_request(ROOT, ["tiny"], sets=["claim_1"])
-    request = type(request)(request.scales, (*request.sets, RunSet(("unigrpo",), (0,), "headline")), "")
+    request = type(request)(request.scales, (*request.sets, RunSet(("text_only",), (0,), "all")), "")
     with pytest.raises(ValueError, match="two sets"):
         request.arms()
     (tmp_path / "params").mkdir()

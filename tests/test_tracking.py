@@ -121,7 +121,7 @@ def test_a_server_that_dies_between_requests_gets_everything_once(tmp_path):
                 journal.send(client, abandoned=True)
             taken += client.taken
         kinds = [(name, str(args), str(kwargs)) for name, args, kwargs in taken if name.startswith(("log", "set"))]
-        assert len(kinds) == len(set(kinds)) == 8, requests
+        assert len(kinds) == len(set(kinds)) == 9, requests
         assert kinds[-1][0] == "set_terminated"
         assert "FINISHED" in kinds[-1][2]
         assert journal.sent()["closed"]

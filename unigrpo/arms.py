@@ -83,11 +83,12 @@ def command_of(stage: str) -> list[str]:
 
 
 def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str], None] = print,
-             command: Callable[[str], Sequence[str]] = command_of, pause: float = 0.2) -> dict[str, str]:
+             command: Callable[[str], Sequence[str]] = command_of, pause: float = 0.2, show: bool = False) -> dict[str, str]:
     """Run arms, at most `slots` at a time, in their order; says a line whenever one has ended.
 
     Args:
-        command: stage -> what runs it. pause: seconds between looks at the processes.
+        command: stage -> what runs it. pause: seconds between looks at the processes. show: let the stages speak for
+            themselves, in place of a log and a line when an arm has ended.
     Returns: name of a failed arm -> the stage that failed. Outputs are in .unigrpo/experiments/<name>.log.
     """
     logs = root / STATE / "experiments"
@@ -100,7 +101,7 @@ def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str]
 
     def launch(arm: Arm, stage: int, log: IO[bytes]) -> Running:
         process = subprocess.Popen(command(arm.stages[stage]), cwd=root, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=log, stderr=subprocess.STDOUT)
+                                   stdout=None if show else log, stderr=None if show else subprocess.STDOUT)
         return Running(arm, stage, process, log)
 
     try:
@@ -108,7 +109,8 @@ def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str]
             while todo and len(running) < slots:
                 arm = todo.pop(0)
                 running.append(launch(arm, 0, (logs / f"{arm.name}.log").open("wb")))
-                say(f"{arm.name}: started")
+                if not show:
+                    say(f"{arm.name}: started")
             time.sleep(pause)
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
@@ -123,6 +125,8 @@ def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str]
                 left = sum(other.work for other in todo) + sum(other.arm.work for other in running)
                 count = len(arms) - len(todo) - len(running)
                 eta = spent / ended * left / min(slots, max(1, len(todo) + len(running)))
+                if show:
+                    continue
                 outcome = f"FAILED in {failed[arm.name]}" if arm.name in failed else "done"
                 say(f"{arm.name}: {outcome}; {count} of {len(arms)} arms in {duration(time.monotonic() - start)}, "
                     f"{len(failed)} failed, about {duration(eta)} left")
@@ -157,11 +161,12 @@ def note_failures(root: Path, scale: str, failed: Mapping[str, str]) -> None:
         (folder / FAILURE).write_text(json.dumps({"error": f"{stage}: {last}"}) + "\n", encoding="utf-8")
 
 
-def run_experiments(root: Path, scale: str, jobs: int | None, only: Sequence[str] | None = None) -> int:
+def run_experiments(root: Path, scale: str, jobs: int | None, only: Sequence[str] | None = None, *, show: bool = False) -> int:
     """Bring every arm of a scale up to date. Returns how many failed.
 
     Args:
-        jobs: arms at a time; at most, and by default, compute.slots. only: names of arms; all by default.
+        jobs: arms at a time; at most, and by default, compute.slots. only: names of arms; all by default. show: see `run_arms`;
+            DVC is then not asked beforehand what is stale, which takes as long as a few stages that are not.
     Raises: ValueError for a name that is no arm.
     """
     limit = load_config(scale, root=root).compute.slots
@@ -172,6 +177,8 @@ def run_experiments(root: Path, scale: str, jobs: int | None, only: Sequence[str
     if unknown := sorted(set(only or ()) - {arm.name for arm in arms}):
         raise ValueError(f"an arm must be one of {[arm.name for arm in arms]}, got {unknown}")
     arms = [arm for arm in arms if not only or arm.name in only]
+    if show:
+        return len(run_arms(root, arms, slots, show=True))
     old = stale(root, arms)
     todo = [arm for arm in arms if old & set(arm.stages)]
     print(f"{len(arms)} arms, {len(arms) - len(todo)} of them up to date; {slots} at a time", flush=True)

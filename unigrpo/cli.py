@@ -41,7 +41,7 @@ def arms_command(args: argparse.Namespace) -> int:
     """Bring every arm up to date, some at a time."""
     from unigrpo.arms import run_experiments
 
-    return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only) else 0
+    return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only, show=args.show) else 0
 
 
 def store_command(args: argparse.Namespace) -> int:
@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     arms.add_argument("--scale", default="tiny")
     arms.add_argument("--jobs", type=int, help="arms at a time; at most, and by default, compute.slots")
     arms.add_argument("--only", nargs="+", metavar="NAME", help="arms such as tiny-unigrpo-0")
+    arms.add_argument("--show", action="store_true", help="the stages' own lines in place of logs")
     arms.set_defaults(function=arms_command)
     writes = actions.add_parser("write", help="sets of runs x seeds into params/ and dvc.yaml")
     writes.add_argument("--scale", nargs="+", required=True, help="files of params/scales/")
