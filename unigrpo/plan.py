@@ -37,6 +37,7 @@ from unigrpo.schema_benchmarks import SHAPES
 
 if TYPE_CHECKING:
     from unigrpo.roofline import Work
+    from unigrpo.stepmodel import Step
 
 MIB = 1024**2
 PROBE_LIMIT = 100_000_000  # parameters up to which a few steps run here: minutes on two cores for the 64M of `small`
@@ -155,6 +156,7 @@ class GpuPlan:
         warmup: bytes on each GPU in the sft stage. warmup_gpus: the fewest that hold it; None: more than 64.
         evaluation: bytes on a GPU that evaluates. usable: bytes of a GPU that a stage may take.
         tokens: of prompt and thinking that time and memory are told for.
+        at_scale: a training step on 8, 64 and 512 GPUs, see unigrpo.stepmodel. group_size: rollouts a prompt.
     """
 
     name: str
@@ -171,6 +173,8 @@ class GpuPlan:
     evaluation: float
     usable: float
     tokens: tuple[int, int]
+    at_scale: tuple[Step, ...] = ()
+    group_size: int = 1
 
     @property
     def gpu_hours(self) -> float:
@@ -190,6 +194,7 @@ def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: flo
         the message names the largest parts and the nearest settings that fit.
     """
     from unigrpo.roofline import GPUS, Loads, evaluation_work, rollout_phases, training_phases, warmup_phases
+    from unigrpo.stepmodel import at_scale
 
     if gpu not in GPUS:
         raise ValueError(f"--gpu must be one of {sorted(GPUS)}, got {gpu!r}")
@@ -223,7 +228,8 @@ def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: flo
              "evaluate (base, sft and the run)": 3 * sum(drawn.values()) / 3600}
     return GpuPlan(gpu, gpus, price, memory(case), peak(memory(case)), phases, hours,
                    flops / sum(spent.values()) / device.flops, rollouts * config.train.num_steps, warmup_memory(case),
-                   warmup_gpus(case, device), evaluation_memory(case), USABLE * device.memory, (prompt, thinking))
+                   warmup_gpus(case, device), evaluation_memory(case), USABLE * device.memory, (prompt, thinking),
+                   tuple(at_scale(case, device, thinking=thinking)), config.rollout.group_size)
 
 
 def model_sizes(config: Config, vocabulary: int) -> Sizes:
@@ -246,13 +252,14 @@ def model_sizes(config: Config, vocabulary: int) -> Sizes:
 def show_gpu(plan: GpuPlan) -> str:
     """A plan on GPUs as text."""
     from unigrpo.roofline import BANDWIDTH_SHARE, COMPUTE_SHARE, GPUS
+    from unigrpo.stepmodel import show_steps
 
     gpu, (prompt, thinking) = GPUS[plan.name], plan.tokens
     lines = [f"on {plan.gpus} x {plan.name}: {gpu.flops / 1e12:.0f} TFLOP/s bfloat16, {gpu.bandwidth / 1e12:.2f} TB/s, "
              f"{gpu.memory / 1e9:.0f} GB each ({gpu.source}),",
              f"with {prompt} tokens of prompt and {thinking:,} of thinking in every rollout (--thinking: on average)"]
     if plan.gpus > 1:
-        lines += ["This version trains on one device: several are planned as full sharding would use them."]
+        lines += ["Several are planned as full sharding would use them; this version keeps whole weights on each."]
     lines += ["", "memory of training on each GPU, GB", *(f"  {name:<48}{amount(value / 1e9):>18}"
                                                            for name, value in labelled(plan.memory))]
     lines += ["", f"peaks of the stages on each GPU, of {plan.usable / 1e9:.1f} GB that may be used, GB"]
@@ -263,6 +270,8 @@ def show_gpu(plan: GpuPlan) -> str:
     lines += [f"  {f'{stage}: {name}':<48}{amount(value):>18}" for stage, name, value in plan.phases if value]
     lines += [f"  a training step reaches {plan.utilisation:.0%} of the peak arithmetic", "", "hours"]
     lines += [f"  {stage:<48}{amount(value):>18}" for stage, value in plan.hours.items()]
+    lines += ["", "one training step of so many GPUs, on paper, with the configuration that is fastest there; seconds",
+              *show_steps(plan.at_scale, plan.group_size)]
     cost = "--price tells the cost" if plan.price is None else (
         f"cost {amount(plan.gpu_hours * plan.price)} at {plan.price:g} a GPU-hour")
     return "\n".join([*lines, "", f"images {plan.images:,}, GPU-hours {amount(plan.gpu_hours)}, {cost}"])
