@@ -2,6 +2,7 @@
 # make experiments  everything that params/experiment.yaml lists (JOBS=2: two arms at a time; compute.slots by default)
 # make test         no network, no GPU, minutes;  make test-slow: full sizes;  make check: ruff and types
 # make audit        known weaknesses of the pinned packages (pip-audit; needs a network, says so where there is none)
+# make bench        a training step and its scaling beside the serial reference and bounds: minutes, best on an idle machine
 # make ui           MLflow's pages;  make lock-status: what is stale;  make clean: caches and logs, never results
 #
 # Every target sets up what it needs. Python 3.11 or newer and gcc are all that must be there: PYTHON=python3.12 make repro.
@@ -33,7 +34,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 DVC := .venv/bin/dvc --wait-for-lock
 TEST := OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 .venv/bin/python -m pytest -q
 
-.PHONY: help venv store repro experiments smoke test test-slow check audit ui lock-status clean
+BENCH := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 .venv/bin/python
+
+.PHONY: help venv store repro experiments smoke test test-slow check audit bench ui lock-status clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -83,6 +86,14 @@ check: .venv/.stamp
 # 0: nothing found, or nothing could be asked, which it says; 1: findings, which docs/security.md answers.
 audit: .venv/.stamp
 	@.venv/bin/python tests/audit.py constraints.txt
+
+bench: .venv/.stamp
+	@mkdir -p build/bench; rm -f build/bench/*; status=0; \
+	for scale in tiny small $$(.venv/bin/python -c 'import torch; print("bagel_7b" * torch.cuda.is_available())'); do \
+	  $(BENCH) benchmarks/training_step.py --scale $$scale --json build/bench/$$scale.json --write build/bench/bench.md || status=1; \
+	done; \
+	$(BENCH) benchmarks/scaling.py --json build/bench/scaling.json --write build/bench/bench.md || status=1; \
+	echo "written to build/bench/"; exit $$status
 
 ui: store
 	@.venv/bin/unigrpo store
