@@ -60,6 +60,8 @@ def die_with_parent() -> None:
     """
     watched = watched_ancestors()
     parent = watched[0]
+    if parent == 0:  # the first process of a container: what started it is outside
+        return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
 
@@ -71,3 +73,9 @@ def die_with_parent() -> None:
     if os.getppid() != parent or not all(alive(pid) for pid in watched):  # died before we looked
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """In a child, before its program starts: SIGTERM comes when the parent is gone, so that nothing is left half way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)

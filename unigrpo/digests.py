@@ -20,7 +20,7 @@ RECORDERS = frozenset({
     "unigrpo.commands.score_compbench", "unigrpo.commands.score_geneval", "unigrpo.commands.serve_rewards", "unigrpo.courier",
     "unigrpo.digests", "unigrpo.experiment", "unigrpo.footprint", "unigrpo.generate", "unigrpo.interchange", "unigrpo.plan",
     "unigrpo.preemption", "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.sealed",
-    "unigrpo.stages", "unigrpo.tracking"})
+    "unigrpo.stages", "unigrpo.stages.run", "unigrpo.tracking"})
 
 
 def sha256_json(value: Any) -> str:

@@ -32,6 +32,7 @@ from unigrpo.sealed import sync
 
 SEND_EVERY = 30.0      # seconds between batches while a stage runs
 BATCH = 1000           # metrics a request; MLflow's limit
+JOURNAL = "journal"    # as MLFLOW_TRACKING_URI: records stay local, for another machine to send
 TEXT_LIMIT = 6000      # characters of a param; MLflow cuts longer ones
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
         "inputs_sha256": "inputs.sha256", "dvc_lock_sha256": "dvc.lock.sha256 at the start",
@@ -244,6 +245,8 @@ class Tracker:
         """Send to MLflow; if it does not answer, say so once and leave the records where they are. `wait=False`: a courier is
         asked and nobody waits for it."""
         self.last = time.monotonic()
+        if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
+            return
         try:
             if self.courier is not None and self.hand_over(SEND_PENDING if pending else SEND, wait):
                 return
@@ -279,6 +282,8 @@ class Tracker:
 def start_courier(root: Path) -> None:
     """Let another process send what the next `track` of this root records. Called before a stage's imports, it has MLflow
     loaded by the time they are done."""
+    if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
+        return
     try:
         COURIERS[root.resolve()] = Courier(root)
     except OSError:
