@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/algorithm.md", "docs/pipeline.md", "docs/curves.md", "docs/scales.md",
          "docs/checkpoints.md", "docs/generation.md", "docs/prompts.md", "docs/rewards.md", "docs/scoring.md",
-         "docs/scoring_t2i.md", "docs/sentinel.md"]
+         "docs/scoring_t2i.md", "docs/sentinel.md", "docs/cluster.md"]
 
 
 def text_of(page: str) -> str:
