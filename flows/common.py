@@ -1,54 +1,86 @@
-"""What the flows share: their parameters, the resources of a remote step, and the cards."""
+"""What the flows share: their parameters, how a step calls its stage, and the cards."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
-from metaflow import FlowSpec, Parameter, current
+import places
+from metaflow import FlowSpec, Parameter, current, package_sources
 
-ROOT = Path(os.environ.get("UNIGRPO_ROOT") or Path(__file__).resolve().parent.parent)
 PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_exp", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
+CODE, SUFFIXES = ("unigrpo", "params"), (".py", ".yaml", ".txt", ".sha256")  # what travels with flows/ to other machines
+KNOWN = json.loads(os.environ.get("UNIGRPO_PROVENANCE") or "{}")  # set by the launcher where a flow is deployed
 
 
-class StageFlow(FlowSpec):
-    """Parameters of every stage's flow: the stage's name, and what the launcher knows about its execution. A step on
-    another machine has no git and not our environment, so provenance comes as Parameters."""
+def known(field: str) -> str:
+    """What the launcher knew of an execution, or "unknown"."""
+    return str(KNOWN.get(field) or "unknown")
+
+
+@package_sources([(str(places.ROOT / name), name) for name in CODE], suffixes=SUFFIXES)
+class ProvenanceFlow(FlowSpec):
+    """What the launcher knows about an execution. A step on another machine has no git and not our environment, so provenance
+    comes as Parameters."""
+
+    git_commit = Parameter("git_commit", default=known("git_commit"), help="of the checkout that launched")
+    git_dirty = Parameter("git_dirty", default=known("git_dirty"), help="true, false or unknown")
+    dvc_stage = Parameter("dvc_stage", default=known("dvc_stage"), help="as DVC names it")
+    dvc_exp = Parameter("dvc_exp", default=known("dvc_exp"), help="the experiment's name under `dvc exp run`")
+    dvc_lock_sha256 = Parameter("dvc_lock_sha256", default=known("dvc_lock_sha256"), help="of dvc.lock as the stage started")
+
+
+class StageFlow(ProvenanceFlow):
+    """Parameters of every stage's flow: the stage's name, and what the launcher knows about its execution."""
 
     item = Parameter("item", help="the stage's item in dvc.yaml, such as tiny-unigrpo-0", required=True)
-    git_commit = Parameter("git_commit", default="unknown", help="of the checkout that launched")
-    git_dirty = Parameter("git_dirty", default="unknown", help="true, false or unknown")
-    dvc_stage = Parameter("dvc_stage", default="unknown", help="as DVC names it")
-    dvc_exp = Parameter("dvc_exp", default="none", help="the experiment's name under `dvc exp run`")
-    dvc_lock_sha256 = Parameter("dvc_lock_sha256", default="unknown", help="of dvc.lock as the stage started")
     params_sha256 = Parameter("params_sha256", default="unknown", help="of the resolved config")
     inputs_sha256 = Parameter("inputs_sha256", default="unknown", help="of the input files")
 
 
-def call_stage(flow: StageFlow, stage: str) -> dict[str, float]:
-    """The one thing a step does: call the stage function of the library. A user's mistake ends as one line, not as a
-    traceback through Metaflow."""
+def send_inputs(flow: StageFlow, stage: str) -> None:
+    """Before a stage that runs elsewhere: its inputs go to the datastore. The launcher has checked name, params and inputs."""
+    import remote
+
+    flow.nodes = places.nodes()
+    flow.files, flow.package = remote.send_inputs(flow, stage, str(flow.item)), remote.send_package(flow)
+    flow.port = free_port() if flow.package else None
+
+
+def call_stage(flow: ProvenanceFlow, stage: str) -> dict[str, float]:
+    """The one thing a step does: call the stage function of the library on the flow's item, here or in processes of its own. A
+    user's mistake ends as one line, not as a traceback through Metaflow."""
+    item = str(flow.item)
+    facts = {field: str(getattr(flow, field, "unknown")) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
+    if places.backend() != "local":
+        import remote
+
+        several = {"node": current.parallel.node_index, "nodes": current.parallel.num_nodes,
+                   "address": current.parallel.main_ip} if getattr(current, "is_parallel", False) else {}
+        flow.outputs = remote.run_elsewhere(flow, stage, item, flow.files, facts, **several)
+        flow.files = {**flow.files, **flow.outputs}
+        return remote.metrics_of(folder_of(stage, item))
     from unigrpo.stages import run_stage
     from unigrpo.tracking import recorded_run, start_courier
 
-    known = {field: str(getattr(flow, field)) for field in PROVENANCE} | {"metaflow_pathspec": current.pathspec}
     try:
-        if (processes := processes_of(stage, str(flow.item))) > 1:
-            metrics = run_together(stage, str(flow.item), known, processes)
+        if (processes := processes_of(stage, item)) > 1:
+            metrics = run_together(stage, item, facts, processes)
         else:
-            start_courier(ROOT)
-            metrics = run_stage(stage, str(flow.item), ROOT, known)
-        flow.mlflow_run = recorded_run(ROOT, current.pathspec) or "unknown"  # the way back: Task(...).data.mlflow_run
+            start_courier(places.ROOT)
+            metrics = run_stage(stage, item, places.ROOT, facts)
+        flow.mlflow_run = recorded_run(places.ROOT, current.pathspec) or "unknown"  # the way back: Task(...).data.mlflow_run
         return metrics
     except ValueError as error:
         if os.environ.get("UNIGRPO_TRACEBACK"):
             raise
-        print(f"{stage} {flow.item}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
+        print(f"{stage} {item}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -59,8 +91,8 @@ def processes_of(stage: str, item: str) -> int:
     from unigrpo.config import load_config
     from unigrpo.stages import SHARED, parse_name
 
-    job = parse_name(stage, item, ROOT)
-    return load_config(job.scale, run=job.run, root=ROOT).processes(stage) if stage in SHARED else 1
+    job = parse_name(stage, item, places.ROOT)
+    return load_config(job.scale, run=job.run, root=places.ROOT).processes(stage) if stage in SHARED else 1
 
 
 def run_together(stage: str, item: str, known: dict[str, str], processes: int) -> dict[str, float]:
@@ -73,7 +105,6 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from unigrpo.preemption import PREEMPTED
-    from unigrpo.stages import parse_name
     from unigrpo.stages.run import PROVENANCE as KNOWN
 
     os.environ[KNOWN] = json.dumps(known)
@@ -91,21 +122,40 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
         sys.exit(status)
     except SignalException as error:
         sys.exit(130 if error.sigval == signal.SIGINT else PREEMPTED)
-    output = ROOT / parse_name(stage, item, ROOT).output / ("metrics.json" if stage == "evaluate" else "training.json")
+    output = folder_of(stage, item) / ("metrics.json" if stage == "evaluate" else "training.json")
     return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
+def receive_outputs(flow: StageFlow) -> None:
+    """After a stage that ran elsewhere: its outputs come to the workspace, where DVC takes them from."""
+    import remote
+    from store import Store
+
+    remote.put_outputs(Store.of(flow), flow.outputs)
+
+
 def resources() -> dict[str, int]:
-    """Arguments of @resources for a step that wants GPUs: compute.resources of the scale being launched."""
-    import yaml
+    """Arguments of @resources for a step with GPUs: compute.resources of the scale being launched. Ignored on this machine."""
+    return places.wanted("train")
 
-    def read(path: Path) -> dict[str, Any]:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return dict((content.get("compute") or {}).get("resources") or {})
 
-    values = read(ROOT / "params" / "base.yaml") | read(ROOT / "params" / "scales" / f"{os.environ.get('UNIGRPO_SCALE')}.yaml")
-    names = {"gpu": "gpu", "cpu": "cpu", "memory_mb": "memory", "shared_memory_mb": "shared_memory"}
-    return {names[key]: int(value) for key, value in values.items()}
+def folder_of(stage: str, item: str) -> Path:
+    """The folder that a stage has written into, where it ran."""
+    from unigrpo.stages import parse_name
+
+    root = places.ROOT
+    if places.backend() != "local":
+        import remote
+
+        root = remote.workspace()
+    return root / parse_name(stage, item, root).output
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def curves_figure(path: Path) -> Any:
@@ -143,15 +193,14 @@ def gallery_rows(folder: Path, limit: int) -> list[list[Any]]:
     return rows
 
 
-def fill_card(flow: StageFlow, stage: str, gallery: str, limit: int = 24) -> None:
+def fill_card(flow: ProvenanceFlow, stage: str, gallery: str, limit: int = 24) -> None:
     """The card of train or evaluate: metrics, curves, and (image, prompt, thinking)."""
     from metaflow.cards import Image, Markdown, Table
 
-    from unigrpo.stages import parse_name
-
-    folder = ROOT / parse_name(stage, str(flow.item), ROOT).output
-    current.card.append(Markdown(f"# {stage} {flow.item}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}; MLflow run "
-                                 f"{flow.mlflow_run}"))
+    item = str(flow.item)
+    folder = folder_of(stage, item)
+    run = getattr(flow, "mlflow_run", "unknown")
+    current.card.append(Markdown(f"# {stage} {item}\n\ncommit {flow.git_commit}, dirty: {flow.git_dirty}; MLflow run {run}"))
     if stage == "train" and (folder / "curves.csv").is_file():
         current.card.append(Image.from_matplotlib(curves_figure(folder / "curves.csv")))
     rows = gallery_rows(folder / gallery, limit)

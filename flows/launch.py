@@ -1,8 +1,12 @@
 """Start one stage: `python flows/launch.py <stage> <name>`, the constant command of every stage in dvc.yaml.
 
-DVC hashes a stage's command, so where the stage runs is not part of it: UNIGRPO_BACKEND says so (local by default). This
-module checks the name and the params, records who asks for what, sets the environment the numbers depend on, and starts the
-stage's Metaflow flow as a child that cannot outlive it.
+DVC hashes a stage's command, so where the stage runs is not part of it: UNIGRPO_BACKEND says so (local by default; rehearsal,
+kubernetes or batch). This module checks the name and the params, records who asks for what, sets the environment the numbers
+depend on, and starts the stage's Metaflow flow as a child that cannot outlive it.
+
+    python flows/launch.py experiment <scale> [run | argo-workflows create | step-functions create ...]
+
+is the whole graph of a scale as one flow (flows/experiment_flow.py), with any command of Metaflow; `run` by default.
 """
 
 from __future__ import annotations
@@ -19,36 +23,27 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "flows")]  # this checkout's code, also where an editable install points elsewhere
 
 try:
+    import surroundings
     from process import LAUNCHER, die_with_parent
 
     from unigrpo.config import Config, load_config
     from unigrpo.digests import sha256_inputs, sha256_json, sha256_path
     from unigrpo.preemption import PREEMPTED
     from unigrpo.resume import STATE, hold, home
-    from unigrpo.stages import Job, parse_name
+    from unigrpo.stages import SHARED, Job, parse_name
 except ImportError as error:
     sys.exit(f"{error}; `python` is {sys.executable}: activate the environment first (. .venv/bin/activate), "
              "or use make, which sets it up")
 
-BACKENDS = ("local", "kubernetes", "batch")
+DEPLOYERS = {"argo-workflows": "kubernetes", "step-functions": "batch"}   # of Metaflow, and where they run steps
+BACKENDS = ("local", "rehearsal", "kubernetes", "batch")  # as places.BACKENDS, which imports Metaflow
 CODE = ("unigrpo", "flows", "params", "dvc.yaml", "pyproject.toml", "constraints.txt")  # a change here makes a run dirty
-
-# glibc returns large blocks to the kernel when they are freed and faults every page in again when they are asked for next.
-# Element-wise work on activations is bound by these page faults: one GELU of 8192 x 512 floats takes 19.5 ms with the
-# defaults and 0.5 ms when freed blocks up to 32 MiB stay in the heap. Read once at process start, so it is set here.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
-# A thread of libgomp that waits for work spins first. Its default, 300,000 turns, costs nothing where the cores are idle; where
-# another process wants them a step of RL takes five times as long as with 2,000, which cost nothing on idle cores either.
-WAITING = {"GOMP_SPINCOUNT": "2000"}
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "true",
-           "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1", "ITERATIVE_DO_NOT_TRACK": "1"}
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (\[\d+/\w+/\d+ \(pid \d+\)\] ?)?")  # Metaflow's, on every line
 CHATTER = re.compile("|".join((r"\s*$", "Workflow starting", "Task is starting", "Task finished successfully", "Done!$",
-                               "Flushing logs", r"Terminating \d", r"\[KILLED BY", r"Killing \d", "This failed task",
-                               r"\d+ tasks? (is|are) running", "No tasks are waiting", r"\d+ steps? ha(s|ve) not started")))
+                               "Flushing logs", r"\d+ tasks? (is|are) running", r"\S+ tasks? (is|are) waiting",
+                               r"\w+ step has not started", r"Terminating \d", r"\[KILLED BY", r"Killing \d",
+                               "This failed task")))
 
 
 def git(*arguments: str) -> str | None:
@@ -79,25 +74,60 @@ def provenance(job: Job, config: Config) -> dict[str, str]:
 
 
 def environment(config: Config, base: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the stage: everything numbers depend on is set, whatever the shell had."""
-    env = WAITING | dict(base) | MALLOC | OFFLINE | {name: str(config.compute.threads) for name in THREADS}
-    env |= {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), base.get("PYTHONPATH", "")])),
-            "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home(ROOT)), "METAFLOW_DEFAULT_DATASTORE": "local",
-            "METAFLOW_DEFAULT_METADATA": "local", "UNIGRPO_SCALE": config.scale, "UNIGRPO_ROOT": str(ROOT),
-            "MPLBACKEND": "Agg", LAUNCHER: str(os.getpid())}
+    """The environment of the stage's flow: everything numbers depend on is set, whatever the shell had."""
+    env = surroundings.environment(config, base, ROOT) | {LAUNCHER: str(os.getpid())}
+    if backend() == "local":
+        env |= {"METAFLOW_DEFAULT_DATASTORE": "local", "METAFLOW_DEFAULT_METADATA": "local"}
+    if env.get("METAFLOW_DEFAULT_METADATA", "local") == "local":  # records of a run, and the files of a rehearsal without S3
+        env |= {"METAFLOW_DATASTORE_SYSROOT_LOCAL": str(home(ROOT))}
     if not env.get("METAFLOW_USER"):  # Metaflow refuses the user root, and containers without one
         user = env.get("USERNAME") or env.get("USER") or ""
         env["METAFLOW_USER"] = user if user not in ("", "root") else "unigrpo"
     return env
 
 
+def backend() -> str:
+    """Where stages run. Raises ValueError listing the choices."""
+    wanted = os.environ.get("UNIGRPO_BACKEND") or "local"
+    if wanted not in BACKENDS:
+        raise ValueError(f"UNIGRPO_BACKEND must be one of {list(BACKENDS)}, got {wanted!r}")
+    return wanted
+
+
+def check_remote(config: Config) -> None:
+    """What a cluster needs that no default can know. Raises ValueError naming all of it."""
+    remote, where = config.compute.remote, backend()
+    if where == "local":
+        return
+    surroundings.per_node(config.compute.processes, remote.nodes)
+    if where == "rehearsal":
+        return
+    from metaflow import metaflow_config  # the environment, or the file that `metaflow configure` wrote
+
+    missing = []
+    if not (remote.image or getattr(metaflow_config, f"{where.upper()}_CONTAINER_IMAGE")):
+        missing.append("compute.remote.image, which holds the packages (see Dockerfile)")
+    if where == "batch" and not (remote.queue or metaflow_config.BATCH_JOB_QUEUE):
+        missing.append("compute.remote.queue")
+    if missing:
+        raise ValueError(f"UNIGRPO_BACKEND={where} needs {' and '.join(missing)}; set it in params/scales/{config.scale}.yaml, "
+                         "or configure Metaflow (docs/cluster.md)")
+
+
 def run_flow(job: Job, config: Config) -> int:
     """Run the stage's flow on this machine and wait for it. Returns its exit status, or 75 where SIGTERM has ended it."""
     fields = [part for key, value in provenance(job, config).items() for part in (f"--{key}", value)]
-    command = [sys.executable, str(ROOT / "flows" / f"{job.stage}_flow.py"), "--quiet", "--no-pylint", "run",
+    several = config.compute.remote.nodes > 1 and job.stage in SHARED and not (
+        job.stage == "base" and config.base.source == "imported")
+    flow = job.stage if backend() == "local" else "nodes" if several else "remote"
+    command = [sys.executable, str(ROOT / "flows" / f"{flow}_flow.py"), "--quiet", "--no-pylint", "run",
                "--item", job.name, *fields]
-    child = subprocess.Popen(command, cwd=ROOT, env=environment(config, os.environ), text=True, errors="replace",
+    return run_child(command, environment(config, os.environ) | {"UNIGRPO_STAGE": job.stage}, f"{job.stage} {job.name}")
+
+
+def run_child(command: list[str], env: dict[str, str], what: str) -> int:
+    """Run a flow and show what it says without Metaflow's stamps. Returns its exit status."""
+    child = subprocess.Popen(command, cwd=ROOT, env=env, text=True, errors="replace",
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     # Ctrl-C reaches the whole group: the step stops where it can go on later, and we wait for it to do so.
     interrupts: list[int] = []
@@ -115,29 +145,48 @@ def run_flow(job: Job, config: Config) -> int:
             print(line, end="", flush=True)
     status = child.wait()
     if interrupts and status:
-        print(f"{job.stage} {job.name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
+        print(f"{what}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
         return 130
     return PREEMPTED if asked and status else status
 
 
+def experiment(scale: str, arguments: list[str]) -> int:
+    """The whole graph of a scale as one flow: Metaflow's command line with our environment. Returns its exit status."""
+    deployer = DEPLOYERS.get(arguments[0]) if arguments else None
+    asked = backend()
+    if deployer is not None and asked not in ("local", deployer):
+        raise ValueError(f"{arguments[0]} runs steps on {deployer}, got UNIGRPO_BACKEND={asked}; unset it")
+    os.environ["UNIGRPO_BACKEND"] = deployer or ("rehearsal" if asked == "local" else asked)  # its files always move
+    config = load_config(scale, root=ROOT)
+    check_remote(config)
+    facts = provenance(parse_name("curate", scale, ROOT), config) | {"params_sha256": "", "inputs_sha256": ""}
+    env = environment(config, os.environ) | surroundings.told(facts)
+    sent = subprocess.run([sys.executable, str(ROOT / "flows" / "transfer.py"), "send", scale], cwd=ROOT, env=env, text=True,
+                          stdout=subprocess.PIPE)
+    if sent.returncode:
+        return sent.returncode
+    if (several := config.compute.remote.nodes > 1) and config.base.source == "scratch":
+        raise ValueError(f"compute.remote.nodes={config.compute.remote.nodes} and base.source=scratch: the flow of the whole "
+                         "graph trains no base on several machines; run `UNIGRPO_BACKEND=... dvc repro`, stage by stage")
+    flow = "experiment_nodes_flow.py" if several else "experiment_flow.py"
+    command = [sys.executable, str(ROOT / "flows" / flow), "--quiet", "--no-pylint", *(arguments or ["run"])]
+    return run_child(command, env | {"UNIGRPO_MANIFEST": sent.stdout.strip().rpartition("\n")[2]}, f"experiment {scale}")
+
+
 def main(arguments: list[str]) -> int:
     """The command line. Returns the exit status: 0, the flow's, or 2 for a mistake that is named on stderr."""
-    if len(arguments) != 2:
+    whole = arguments[:1] == ["experiment"] and len(arguments) > 1
+    if len(arguments) != 2 and not whole:
         print(__doc__, file=sys.stderr)
-        return 2
-    backend = os.environ.get("UNIGRPO_BACKEND") or "local"
-    if backend not in BACKENDS:
-        print(f"UNIGRPO_BACKEND must be one of {list(BACKENDS)}, got {backend!r}", file=sys.stderr)
-        return 2
-    if backend != "local":
-        print(f"UNIGRPO_BACKEND={backend} is known, but this version runs stages on this machine only: inputs and outputs do "
-              "not move through a datastore yet. Unset it, or set UNIGRPO_BACKEND=local", file=sys.stderr)
         return 2
     if "DVC_STAGE" in os.environ:
         die_with_parent()
     try:
+        if whole:
+            return experiment(arguments[1], arguments[2:])
         job = parse_name(arguments[0], arguments[1], ROOT)
         config = load_config(job.scale, run=job.run, seed=job.seed or 0, root=ROOT)
+        check_remote(config)
         with hold(ROOT / STATE / "locks" / f"{job.stage}-{job.name}.lock", f"{job.stage} {job.name}"):
             status = run_flow(job, config)
     except ValueError as error:

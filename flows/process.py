@@ -83,6 +83,8 @@ def die_with_parent() -> None:
     """
     watched = watched_ancestors()
     parent = watched[0]
+    if parent == 0:  # the first process of a container: what started it is outside
+        return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG
 
@@ -96,3 +98,9 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
     if LAUNCHER in os.environ:  # a flow's runtime; in its steps, the stage listens itself
         hand_on_sigterm()
+
+
+def end_with_parent() -> None:
+    """In a child, before its program starts: SIGTERM comes when the parent is gone, so that nothing is left half way."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)

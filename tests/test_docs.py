@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "docs/algorithm.md", "docs/pipeline.md", "docs/curves.md", "docs/scales.md",
          "docs/checkpoints.md", "docs/generation.md", "docs/prompts.md", "docs/rewards.md", "docs/scoring.md",
          "docs/scoring_t2i.md", "docs/sentinel.md", "docs/mlflow.md", "docs/reliability.md", "docs/security.md",
-         "docs/experiments.md"]
+         "docs/experiments.md", "docs/cluster.md"]
 
 
 def text_of(page: str) -> str:

@@ -273,14 +273,6 @@ def test_the_environment_of_a_stage_does_not_come_from_the_shell(launch):
     assert launch.environment(config, {"USER": "ada"})["METAFLOW_USER"] == "ada"
 
 
-@pytest.mark.parametrize(("backend", "wanted"), [("kubernetes", "this machine only"), ("batch", "this machine only"),
-                                                 ("cloud", r"must be one of \['local', 'kubernetes', 'batch'\]")])
-def test_a_backend_that_is_not_there_is_refused_in_words(launch, monkeypatch, capsys, backend, wanted):
-    monkeypatch.setenv("UNIGRPO_BACKEND", backend)
-    assert launch.main(["base", "smoke"]) == 2
-    assert re.search(wanted, capsys.readouterr().err)
-
-
 def test_a_mistake_ends_the_launcher_in_one_line(launch, monkeypatch, capsys):
     monkeypatch.delenv("UNIGRPO_BACKEND", raising=False)
     monkeypatch.delenv("DVC_STAGE", raising=False)
@@ -299,14 +291,22 @@ def test_provenance_is_unknown_without_git_and_never_a_guess(launch, monkeypatch
     assert re.fullmatch("[0-9a-f]{64}", found["params_sha256"])
 
 
-def test_remote_resources_come_from_params(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "flows"))
-    monkeypatch.setenv("METAFLOW_USER", "test")
-    monkeypatch.setenv("UNIGRPO_SCALE", "smoke")
-    common = load(ROOT / "flows" / "common.py")
-    wanted = yaml.safe_load((ROOT / "params" / "base.yaml").read_text())["compute"]["resources"]
-    assert common.resources() == {"gpu": wanted["gpu"], "cpu": wanted["cpu"], "memory": wanted["memory_mb"],
-                                  "shared_memory": wanted["shared_memory_mb"]}
+@pytest.mark.parametrize("flow", ["experiment", "experiment_nodes", "nodes", "remote"])
+def test_a_step_of_the_whole_graph_calls_one_stage_function(flow):
+    """A step that asks for a stage's resources calls that stage, and no other step calls any."""
+    tree = ast.parse((ROOT / "flows" / f"{flow}_flow.py").read_text())
+    steps = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert steps
+    for node in steps:
+        text, calls = ast.unparse(node), [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+        asked = re.findall(r"@where\('(\w+)'\)", text)
+        called = [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "call_stage"]
+        assert ast.get_docstring(node), node.name
+        if flow in ("nodes", "remote"):  # a flow of any stage
+            assert called == ["STAGE"] * (node.name == "work")
+        else:
+            assert called == [f"'{stage}'" for stage in asked if stage != "small"], node.name
+            assert len(asked) == 1, node.name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from moto_cloud import cloud
 from pipeline_copy import copy_environment, make_copy, run_in
+from rehearsal import kill_after_a_checkpoint, lock_of, start, without_results
 
 from unigrpo.digests import sha256_path
 
@@ -129,6 +131,30 @@ def test_a_mistake_in_params_stops_before_anything_runs(project):
     finally:
         path.write_text(kept)
         run_in(project, "dvc", "checkout", "--force", "train@smoke-unigrpo-0", check=False)
+
+
+def test_through_a_datastore_the_lock_is_the_same(project, tmp_path):
+    """The main job once more as on a cluster, and its training dies after its first checkpoint."""
+    folder = without_results(project, tmp_path / "copy")
+    with cloud() as env:
+        running = start(folder, env, "dvc", "repro", "report@smoke-main")
+        kill_after_a_checkpoint(running, folder, env, "train", "smoke-unigrpo-0")
+        output, _ = running.communicate(timeout=600)
+    assert running.returncode == 0, output
+    assert "train smoke-unigrpo-0: an earlier attempt's progress came from the datastore" in output
+    assert "train smoke-unigrpo-0: going on from" in output
+    here, there = lock_of(project), lock_of(folder)
+    assert len(there) == 8
+    assert there == {name: here[name] for name in there}
+    assert not list((tmp_path / "rehearsals").glob("unigrpo-*"))
+    with sqlite3.connect(folder / "mlflow.db") as connection:  # records came back, and the killed run is one run
+        runs = dict(connection.execute("select name, status from runs").fetchall())
+        specs = [value for (value,) in connection.execute("select value from tags where key = 'metaflow.pathspec'").fetchall()]
+        commits = {value for (value,) in connection.execute("select value from tags where key = 'git.commit'").fetchall()}
+    assert set(runs.values()) == {"FINISHED"}
+    assert len(runs) == len(specs) == 8
+    assert len(commits) == 1
+    assert re.fullmatch("[0-9a-f]{40}", commits.pop())
 
 
 def processes_of(folder: Path, *words: str) -> list[psutil.Process]:

@@ -22,7 +22,7 @@ RECORDERS = frozenset({
     "unigrpo.digests", "unigrpo.dvcfiles", "unigrpo.experiment", "unigrpo.footprint", "unigrpo.gallery", "unigrpo.generate",
     "unigrpo.interchange", "unigrpo.links", "unigrpo.plan",
     "unigrpo.preemption", "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.sealed",
-    "unigrpo.stages", "unigrpo.stepmodel", "unigrpo.tracking"})
+    "unigrpo.stages", "unigrpo.stages.run", "unigrpo.stepmodel", "unigrpo.tracking"})
 
 
 def sha256_json(value: Any) -> str:

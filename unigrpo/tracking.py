@@ -43,6 +43,7 @@ RETRY_EVERY = 300.0    # seconds until a server that did not answer is asked aga
 WAIT = 60.0            # seconds that a stage's end waits for a server; for the project's own SQLite file it waits till the end
 WAIT_LEAVING = 5.0     # the same where the stage was asked to leave: who asked may not wait long
 BATCH = 1000           # metrics a request; MLflow's limit
+JOURNAL = "journal"    # as MLFLOW_TRACKING_URI: records stay local, for another machine to send
 TEXT_LIMIT = 6000      # characters of a param; MLflow cuts longer ones
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not those for prompts and agents
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
@@ -346,6 +347,8 @@ class Tracker:
     def send_beside(self, *, pending: bool = False) -> None:
         """Send without waiting: the courier does it, or a thread, which ends with the process if it has to."""
         self.last = time.monotonic()
+        if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
+            return
         if self.courier is not None:
             try:
                 return self.courier.ask(SEND_PENDING if pending else SEND, self.journal.key)
@@ -357,6 +360,8 @@ class Tracker:
 
     def finish(self, seconds: float) -> None:
         """Send everything, and what earlier stages could not; wait for a server so long at most, for a file till the end."""
+        if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
+            return
         limit = None if store_uri(self.journal.root).startswith("sqlite:") else seconds
         if not (self.delivered(limit) if self.courier is not None else self.joined(limit)):
             print(f"tracking: MLflow at {shown_uri(self.journal.root)} has not taken everything within {seconds:g} s; the rest "
@@ -426,6 +431,8 @@ class Tracker:
 def start_courier(root: Path) -> None:
     """Let another process send what the next `track` of this root records. Called before a stage's imports, it has MLflow
     loaded by the time they are done."""
+    if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
+        return
     try:
         COURIERS[home(root)] = Courier(home(root))
     except OSError:
