@@ -133,6 +133,7 @@ def test_a_mistake_in_params_stops_before_anything_runs(project):
         run_in(project, "dvc", "checkout", "--force", "train@smoke-unigrpo-0", check=False)
 
 
+@pytest.mark.slow
 def test_through_a_datastore_the_lock_is_the_same(project, tmp_path):
     """The main job once more as on a cluster, and its training dies after its first checkpoint."""
     folder = without_results(project, tmp_path / "copy")
