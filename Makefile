@@ -60,9 +60,9 @@ store: .unigrpo/store.stamp
 
 # Base and warm-up are evaluated beside the training, which is one process. `dvc repro` does the same, one after another.
 repro: store
-	@$(DVC) repro sft@$(SCALE)
-	@.venv/bin/unigrpo experiment run --scale $(SCALE) --show --only $(SCALE)-unigrpo-0 $(SCALE)-base $(SCALE)-sft
-	@$(DVC) repro report@$(SCALE)-main
+	@$(DVC) status --quiet --with-deps report@$(SCALE)-main || { $(DVC) repro sft@$(SCALE) && \
+	  .venv/bin/unigrpo experiment run --scale $(SCALE) --show --only $(SCALE)-unigrpo-0 $(SCALE)-base $(SCALE)-sft && \
+	  $(DVC) repro report@$(SCALE)-main; }
 	@.venv/bin/unigrpo report --scale $(SCALE)
 
 experiments: repro
