@@ -165,7 +165,7 @@ def steps(policy, optimizer, config, *, start=0, stop=None, save=lambda step: No
     settings = config if stop is None else config.model_copy(update={"train": config.train.model_copy(
         update={"num_steps": stop})})
     train(policy, optimizer, lambda step: [prompts[(step * 4 + i) % 8] for i in range(4)], brightness, settings,
-          draw=draw, log=lambda step, metrics, rollouts: rows.append(metrics), save=save, start_step=start)
+          draw=draw, log=lambda step, metrics, rollouts, rewards: rows.append(metrics), save=save, start_step=start)
     return rows
 
 

@@ -163,7 +163,7 @@ def project(tmp_path, monkeypatch):
 
 def test_plans_of_what_is_not_there(project, capsys):
     assert "['bagel_7b', 'small', 'smoke', 'tiny']" in refused(capsys, "plan", "--scale", "big")
-    assert "run must be one of ['unigrpo']" in refused(capsys, "plan", "--run", "grpo")
+    assert "run must be one of ['cfg_rollout', " in refused(capsys, "plan", "--run", "grpo")
     assert "must not be negative" in refused(capsys, "plan", "--scale", "bagel_7b", "--price", "-3")
     scale = project / "params" / "scales" / "smoke.yaml"
     scale.write_text(scale.read_text().replace("group_size:", "groupsize:"))

@@ -325,7 +325,7 @@ def steps(service: Service, **changes: Any) -> list[dict[str, float]]:
     train(policy, rl_optimizer(experts, config.optim), lambda step: small_prompts(config.rollout.prompts_per_step),
           lambda rollouts: reward(policy.decode(rollouts.image.final_latents), rollouts.prompts,
                                   policy.thinking_texts(rollouts)),
-          config, draw=draw, log=lambda step, metrics, rollouts: logged.append(metrics), save=lambda step: None)
+          config, draw=draw, log=lambda step, metrics, rollouts, rewards: logged.append(metrics), save=lambda step: None)
     return logged
 
 

@@ -69,7 +69,8 @@ def test_a_second_repro_runs_nothing(project):
 
 @pytest.mark.parametrize(("file", "change", "stale"), [
     ("runs.yaml", lambda c: c["other"]["optim"].update(understanding_lr=3.0e-4), {"train@smoke-other-0"}),
-    ("scales/smoke.yaml", lambda c: c["sft"].update(steps=5), {"curate@smoke", "sft@smoke", "report@smoke-main"}),
+    ("scales/smoke.yaml", lambda c: c["sft"].update(steps=5), {
+        "curate@smoke", "sft@smoke", "train@smoke-unigrpo-0", "train@smoke-other-0", "report@smoke-main"}),
     ("scales/smoke.yaml", lambda c: c["evaluate"].update(gallery=5), {
         "evaluate@smoke-base", "evaluate@smoke-sft", "evaluate@smoke-unigrpo-0", "report@smoke-main"}),
     ("scales/smoke.yaml", lambda c: c["report"].update(gallery=5), {"report@smoke-main"}),

@@ -311,7 +311,7 @@ def steps(reward: Any, config: Any, after: Any = lambda step: None) -> list[dict
         return reward(policy.decode(rollouts.image.final_latents), rollouts.prompts, policy.thinking_texts(rollouts))
 
     train(policy, rl_optimizer(experts, config.optim), lambda step: small_prompts(config.rollout.prompts_per_step), score,
-          config, draw=draw, log=lambda step, metrics, rollouts: logged.append(metrics), save=after)
+          config, draw=draw, log=lambda step, metrics, rollouts, rewards: logged.append(metrics), save=after)
     return logged
 
 

@@ -195,8 +195,11 @@ class Journal:
             run = client.create_run(experiment, start_time=start["time"], run_name=start["name"], tags=start["tags"])
             state["run_id"] = run.info.run_id
             self.write_sent(state)
+        if not state.get("noted"):  # again where the server died before it
             stage, _, name = start["name"].partition("/")
-            client.set_tag(state["run_id"], "mlflow.note.content", note(run.info.run_id, stage, name, start["tags"]))
+            client.set_tag(state["run_id"], "mlflow.note.content", note(str(state["run_id"]), stage, name, start["tags"]))
+            state["noted"] = True
+            self.write_sent(state)
         state = {"files": 0, **state}
         if not self.send_records(client, records, state, stop):
             return

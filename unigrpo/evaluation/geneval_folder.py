@@ -79,7 +79,7 @@ def parse_metadata(metadata: Any, where: str, labels: Sequence[str]) -> PromptRe
     if not isinstance(metadata, dict):
         raise ValueError(f"{where}: wanted an object with tag, include and prompt, got {metadata!r:.80}")
     content = {key: metadata[key] for key in KEYS if key in metadata}
-    record = parse_record(json.dumps({"id": "", **content}), where)
+    record = parse_record(json.dumps({"id": "none", **content}), where)
     if record.tag not in TAGS:
         raise ValueError(f"{where}: unknown tag {record.tag!r}; GenEval's are {', '.join(TAGS)}")
     known = set(labels)
