@@ -141,9 +141,12 @@ CLAIMS = (
 # ----------------------------------------------------------------------------------------------------- numbers and values
 
 def sentinel_drift(found: Checkpoint, warm: Checkpoint | None) -> float | None:
-    """The largest change since the warm-up among the sentinel's statistics of the evaluation, 1 being what is allowed."""
+    """The largest change since the warm-up among the sentinel's statistics of the evaluation, 1 being what is allowed.
+
+    What is allowed of some statistics is a share of their value at the warm-up: one that was 0 there has no unit and is left out.
+    """
     changes = {} if warm is None else compare_standing(warm.metrics, found.metrics)
-    return max((float(entry["change"]) / float(entry["allowed"]) for entry in changes.values()), default=None)
+    return max((float(entry["change"]) / float(entry["allowed"]) for entry in changes.values() if entry["allowed"] > 0), default=None)
 
 
 def calls_per_image(found: Checkpoint, warm: Checkpoint | None) -> float | None:
