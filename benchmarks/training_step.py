@@ -31,6 +31,7 @@ from torch import Tensor
 
 import unigrpo.train
 from unigrpo.config import Config, load_config
+from unigrpo.journal import Journal
 from unigrpo.models.autoencoder import Autoencoder
 from unigrpo.models.bagel import word_tokenizer
 from unigrpo.models.mot import MoTConfig, MoTModel
@@ -39,7 +40,7 @@ from unigrpo.seeding import generator
 from unigrpo.stages.session import save_picture
 from unigrpo.stages.train import rewards_of, rl_start
 from unigrpo.stages.watch import reward_functions
-from unigrpo.tracking import Journal, Tracker
+from unigrpo.tracking import Tracker
 from unigrpo.types import Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 from unigrpo.worlds.shapes import sample_record, vocabulary

@@ -66,8 +66,9 @@ def call_stage(flow: ProvenanceFlow, stage: str) -> dict[str, float]:
         flow.outputs = remote.run_elsewhere(flow, stage, item, flow.files, facts, **several)
         flow.files = {**flow.files, **flow.outputs}
         return remote.metrics_of(folder_of(stage, item))
+    from unigrpo.journal import recorded_run
     from unigrpo.stages import run_stage
-    from unigrpo.tracking import recorded_run, start_courier
+    from unigrpo.tracking import start_courier
 
     try:
         if (processes := processes_of(stage, item)) > 1:
@@ -116,7 +117,7 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         status = next((code for code in codes if code > 0), 1)
-        if status not in (2, 130):
+        if status not in (2, 130, PREEMPTED):
             print(f"{stage} {item}: one of {processes} processes ended with status {codes[0]}; its own words are above",
                   file=sys.stderr, flush=True)
         sys.exit(status)

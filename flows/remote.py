@@ -95,7 +95,7 @@ def put_outputs(store: Store, files: Files) -> None:
     """Put a stage's outputs into the project, all or none, and tell MLflow what happened there."""
     store.receive(ROOT, files)
     if any(name.startswith(f"{STATE}/tracking/") for name in files):
-        from unigrpo.tracking import open_client, send_pending
+        from unigrpo.journal import open_client, send_pending
 
         try:
             send_pending(ROOT, open_client(ROOT), without="")

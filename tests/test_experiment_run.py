@@ -104,11 +104,11 @@ def test_cells_of_an_evaluation(project):
     assert grid_images(config, GRIDS["headline"]) == config.evaluate.prompts * config.evaluate.images_per_prompt
     path = project / "params" / "experiment.yaml"
     content = yaml.safe_load(path.read_text())
-    assert parse_name("evaluate", "tiny-short-0", project).arguments["cells"] == "headline"
-    del content["evaluations"]["tiny-short-0"]["cells"]
+    assert parse_name("evaluate", "tiny-short-10", project).arguments["cells"] == "headline"
+    del content["evaluations"]["tiny-short-10"]["cells"]
     content["evaluations"]["tiny-sft"]["cells"] = "some"
     path.write_text(yaml.safe_dump(content))
-    assert parse_name("evaluate", "tiny-short-0", project).arguments["cells"] == "all"
+    assert parse_name("evaluate", "tiny-short-10", project).arguments["cells"] == "all"
     with pytest.raises(ValueError, match=r"tiny-sft.cells must be one of \['all', 'headline'\]"):
         parse_name("evaluate", "tiny-sft", project)
 
@@ -128,7 +128,7 @@ def test_arms_of_a_scale():
     assert arms[0].stages == ("train@tiny-unigrpo-0", "evaluate@tiny-unigrpo-0")
     assert [arm.name for arm in arms[-2:]] == ["tiny-base", "tiny-sft"]
     work = {arm.name: arm.work for arm in arms}
-    assert work["tiny-unigrpo-0"] == 4 * work["tiny-short-0"]
+    assert work["tiny-unigrpo-0"] == 4 * work["tiny-short-10"]
     with pytest.raises(ValueError, match="lists no training of scale small"):
         list_arms(ROOT, "small")
 

@@ -18,9 +18,10 @@ from unigrpo.config import load_config
 from unigrpo.digests import sha256_inputs, sha256_json
 from unigrpo.dvcfiles import cache_folder, dvc_md5, lock_entry, missing_in_cache, stage_address, stage_outputs
 from unigrpo.gallery import gallery_page
+from unigrpo.journal import Journal, open_client, recorded_run
 from unigrpo.resume import STATE, home
 from unigrpo.stages import parse_name
-from unigrpo.tracking import Journal, open_client, recorded_run, track
+from unigrpo.tracking import track
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "artifacts/tiny/unigrpo/0"

@@ -19,7 +19,7 @@ from mlflow_pages import SIZE, Pages, served
 from pipeline_copy import make_copy, run_in
 
 from unigrpo.digests import sha256_path
-from unigrpo.tracking import open_client
+from unigrpo.journal import open_client
 
 pytestmark = pytest.mark.slow
 KINDS = {"unigrpo": "velocity_mse", "no_regularizer": "none", "latent_kl": "latent_kl",

@@ -18,7 +18,8 @@ from bad_servers import WAYS, bad_server
 from filelock import FileLock
 
 from unigrpo import tracking
-from unigrpo.tracking import Journal, track
+from unigrpo.journal import Journal
+from unigrpo.tracking import track
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"scale": "smoke", "seed": 3, "optim": {"lr": 0.1}}

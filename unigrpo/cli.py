@@ -46,7 +46,7 @@ def arms_command(args: argparse.Namespace) -> int:
 
 def store_command(args: argparse.Namespace) -> int:
     """Make MLflow's database, or bring it to the installed version, and send it what stages could not."""
-    from unigrpo.tracking import prepare_store
+    from unigrpo.journal import prepare_store
 
     prepare_store(project_root())
     return 0

@@ -20,7 +20,7 @@ RECORDERS = frozenset({
     "unigrpo.commands.doctor_run", "unigrpo.commands.rerun", "unigrpo.commands.score_compbench",
     "unigrpo.commands.score_geneval", "unigrpo.commands.serve_rewards", "unigrpo.commands.verify", "unigrpo.courier",
     "unigrpo.digests", "unigrpo.dvcfiles", "unigrpo.experiment", "unigrpo.footprint", "unigrpo.gallery", "unigrpo.generate",
-    "unigrpo.interchange", "unigrpo.links", "unigrpo.plan",
+    "unigrpo.interchange", "unigrpo.journal", "unigrpo.links", "unigrpo.plan",
     "unigrpo.preemption", "unigrpo.probe", "unigrpo.progress", "unigrpo.resume", "unigrpo.roofline", "unigrpo.sealed",
     "unigrpo.stages", "unigrpo.stages.run", "unigrpo.stepmodel", "unigrpo.tracking"})
 

@@ -1,7 +1,7 @@
-"""What happened, for people: one MLflow run per stage execution. The only module that imports mlflow.
+"""What happened, for people: one MLflow run per stage execution.
 
-Records go to a local JSONL first (.unigrpo/tracking/<key>.jsonl) and from there to MLflow in batches, so a tracker that is
-down never stops a stage: the records wait, and the next stage that finds the tracker up sends them. No step waits for it, and
+Records go to a journal first (journal.py) and from there to MLflow in batches, so a tracker that is down never stops a stage:
+the records wait, and the next stage that finds the tracker up sends them. No step waits for it, and
 the end of a stage WAIT seconds at most. A killed stage's key lies in its resume folder; the run that goes on from there reopens
 the same MLflow run instead of leaving it RUNNING.
 """
@@ -10,267 +10,39 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import platform
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from unigrpo.courier import DELIVERED, DOWN, SEND, SEND_PENDING, Courier
 from unigrpo.digests import flatten
 from unigrpo.gallery import gallery_page
-from unigrpo.links import address_of, input_tags, note, output_tags, source_tags
-from unigrpo.resume import STATE, home
+from unigrpo.journal import PATIENCE, Journal, journal_key, open_client, send_pending, shown_uri, store_uri, turn
+from unigrpo.links import address_of, input_tags, output_tags, source_tags
+from unigrpo.resume import home
 from unigrpo.sealed import sync
 
 SEND_EVERY = 30.0      # seconds between batches while a stage runs
-PATIENCE = 600.0       # seconds that the end of a stage waits for others who are writing to the same file
 RETRY_EVERY = 300.0    # seconds until a server that did not answer is asked again
 WAIT = 60.0            # seconds that a stage's end waits for a server; for the project's own SQLite file it waits till the end
 WAIT_LEAVING = 5.0     # the same where the stage was asked to leave: who asked may not wait long
-BATCH = 1000           # metrics a request; MLflow's limit
 JOURNAL = "journal"    # as MLFLOW_TRACKING_URI: records stay local, for another machine to send
-TEXT_LIMIT = 6000      # characters of a param; MLflow cuts longer ones
-KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages for training, not those for prompts and agents
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
         "inputs_sha256": "inputs.sha256", "dvc_lock_sha256": "dvc.lock.sha256 at the start",
         "metaflow_pathspec": "metaflow.pathspec", "dvc_exp": "dvc.exp"}
 COURIERS: dict[Path, Courier] = {}  # by root; taken by the next `track`
-
-
-def store_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the project's own SQLite file; absolute, since DVC runs stages in other folders too."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
-
-
-@contextmanager
-def turn(root: Path, timeout: float) -> Iterator[None]:
-    """The right to write to a store that is one file. SQLite lets one process write at a time and turns others away after a
-    while, so twelve stages that end together take turns here. Raises filelock.Timeout."""
-    if not store_uri(root).startswith("sqlite:"):
-        yield
-        return
-    (root / STATE).mkdir(parents=True, exist_ok=True)
-    with FileLock(root / STATE / "mlflow-send.lock", timeout=timeout):
-        yield
-
-
-def shown_uri(root: Path) -> str:
-    """`store_uri` for people and logs: without the user, password and query that it may hold."""
-    parts = urlsplit(store_uri(root))
-    if parts.scheme not in ("http", "https"):
-        return store_uri(root)
-    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
-
-
-def open_client(root: Path) -> Any:
-    """An MLflow client whose database exists. First users of a cold database break it for good, so they queue."""
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default waits minutes for a server that is down
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    import logging
-
-    for name in ("alembic", "mlflow.store.db.utils"):  # a database's migrations are not the user's business
-        logging.getLogger(name).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    (root / STATE).mkdir(parents=True, exist_ok=True)
-    with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
-        client = MlflowClient(tracking_uri=store_uri(root))
-        client.search_experiments(max_results=1)  # creates the tables
-    return client
-
-
-def prepare_store(root: Path) -> None:
-    """Make the project's database, or bring one of an earlier MLflow to the installed version, before stages share it, and
-    send it what stages could not."""
-    uri = store_uri(root)
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and path.is_file():
-        with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
-            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
-    client = open_client(root)
-    with turn(root, PATIENCE):
-        send_pending(root, client)
-
-
-def experiment_id(client: Any, root: Path, name: str) -> str:
-    """The experiment called `name`, made where it is missing. MLflow takes the artifact root from the working folder
-    unless it is given when the experiment is made, and never changes it again."""
-    with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
-        found = client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        local = store_uri(root).startswith("sqlite:")
-        location = (root / "mlartifacts").resolve().as_uri() + f"/{name}" if local else None
-        return str(client.create_experiment(name, artifact_location=location, tags=KIND))
-
-
-def run_exists(client: Any, run_id: str) -> bool:
-    """Whether the store knows a run. Any other trouble than its absence is the caller's to handle."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
-
-    try:
-        client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-            return False
-        raise
-    return True
-
-
-class Journal:
-    """The local records of one run: an append-only JSONL, and beside it how much of it MLflow has (`.sent`)."""
-
-    def __init__(self, root: Path, key: str) -> None:
-        self.root, self.key = root, key
-        self.path = root / STATE / "tracking" / f"{key}.jsonl"
-        self.sent_path = self.path.with_suffix(".sent")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path.with_suffix(".lock"))
-
-    def append(self, kind: str, **values: Any) -> None:
-        """One record, on disk before this returns."""
-        line = json.dumps({"kind": kind, "time": round(time.time() * 1000), **values})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    def mend(self) -> None:
-        """End a last line that a kill cut short, so that the next record does not run into it."""
-        if self.path.read_bytes()[-1:] not in (b"", b"\n"):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")
-
-    def sent(self) -> dict[str, Any]:
-        """{"lines": how many records MLflow has, "run_id": MLflow's name of the run, "closed": whether it was ended}."""
-        try:
-            return dict(json.loads(self.sent_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {"lines": 0, "run_id": None, "closed": False}
-
-    def records(self) -> list[dict[str, Any]]:
-        """All records. A line that a kill cut short is left out: its content is logged again by the resumed run. So is one
-        without its end: it is being written."""
-        records = []
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        for line in text[:text.rfind("\n") + 1].splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                records.append({"kind": "torn"})
-        return records
-
-    def send(self, client: Any, *, abandoned: bool = False, stop: Callable[[], bool] = lambda: False) -> None:
-        """Send what MLflow does not have yet.
-
-        Args:
-            abandoned: nobody will add records, so a run without an end was killed.
-            stop: asked before each request; once it is true the rest waits.
-        """
-        state, records = self.sent(), self.records()
-        start = next((r for r in records if r["kind"] == "start"), None)
-        new = records[state["lines"]:]
-        if start is None or (not new and (state["closed"] or not abandoned)):
-            return
-        if state["run_id"] is not None and not run_exists(client, state["run_id"]):
-            state = {"lines": 0, "run_id": None, "closed": False}  # the store was deleted: tell it all again
-        if state["run_id"] is None:
-            experiment = experiment_id(client, self.root, start["scale"])
-            run = client.create_run(experiment, start_time=start["time"], run_name=start["name"], tags=start["tags"])
-            state["run_id"] = run.info.run_id
-            self.write_sent(state)
-        if not state.get("noted"):  # again where the server died before it
-            stage, _, name = start["name"].partition("/")
-            client.set_tag(state["run_id"], "mlflow.note.content", note(str(state["run_id"]), stage, name, start["tags"]))
-            state["noted"] = True
-            self.write_sent(state)
-        state = {"files": 0, **state}
-        if not self.send_records(client, records, state, stop):
-            return
-        if records[-1]["kind"] == "end":  # a run that goes on writes tags after it
-            client.set_terminated(state["run_id"], status=records[-1]["status"], end_time=records[-1]["time"])
-            state["closed"] = True
-        elif abandoned and not state["closed"]:
-            client.set_terminated(state["run_id"], status="KILLED")
-            state["closed"] = True
-        elif state["closed"]:
-            client.update_run(state["run_id"], status="RUNNING")  # reopened
-            state["closed"] = False
-        self.write_sent(state)
-
-    def write_sent(self, state: Mapping[str, Any]) -> None:
-        """Replace the note in one step, so that a kill leaves the old or the new one."""
-        part = self.sent_path.with_suffix(".part")
-        part.write_text(json.dumps(dict(state)), encoding="utf-8")
-        part.replace(self.sent_path)
-
-    def send_records(self, client: Any, records: list[dict[str, Any]], state: dict[str, Any], stop: Callable[[], bool]) -> bool:
-        """Params once, metrics in batches, tags and artifacts as they come. `.sent` follows each request, so that a slow
-        server gets everything once. Returns whether all is sent."""
-        while state["lines"] < len(records):
-            if stop():
-                return False
-            metrics, end = self.metrics_from(records, state["lines"])
-            for first in range(0, len(metrics), BATCH):
-                client.log_batch(state["run_id"], metrics=metrics[first:first + BATCH])
-            if end == state["lines"]:
-                if not self.send_other(client, records[end], state, stop):
-                    return False
-                end += 1
-            state |= {"lines": end, "files": 0}
-            self.write_sent(state)
-        return True
-
-    def metrics_from(self, records: list[dict[str, Any]], start: int) -> tuple[list[Any], int]:
-        """MLflow's metrics of the records from `start` on, as many as make a batch; the index of the record after them."""
-        from mlflow.entities import Metric
-
-        metrics: list[Any] = []
-        while start < len(records) and records[start]["kind"] == "metrics" and len(metrics) < BATCH:
-            record = records[start]
-            metrics += [Metric(key, float(value), record["time"], record["step"]) for key, value in record["values"].items()]
-            start += 1
-        return metrics, start
-
-    def send_other(self, client: Any, record: dict[str, Any], state: dict[str, Any], stop: Callable[[], bool]) -> bool:
-        """A record that holds no metrics. Returns whether all of it is sent."""
-        from mlflow.entities import Param, RunTag
-
-        run_id = state["run_id"]
-        if record["kind"] == "start":
-            params = [Param(key, str(value)[:TEXT_LIMIT]) for key, value in record["params"].items()]
-            for first in range(0, len(params), 100):  # MLflow takes 100 params a request
-                client.log_batch(run_id, params=params[first:first + 100])
-        elif record["kind"] == "tags":
-            client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in record["tags"].items()])
-        elif record["kind"] == "artifact":
-            path = self.root / record["path"]
-            whole = path.is_dir()
-            files = sorted(p for p in path.rglob("*") if p.is_file()) if whole else [path] if path.is_file() else []
-            for file in files[state["files"]:]:
-                if stop():
-                    return False
-                place = Path(record["to"] or path.name) / file.parent.relative_to(path) if whole else record["to"]
-                client.log_artifact(run_id, str(file), str(place) if place else None)
-                state["files"] += 1
-                self.write_sent(state)
-        return True
 
 
 class Tracker:
@@ -444,7 +216,8 @@ def start_courier(root: Path) -> None:
 
 def carry(root: str) -> None:
     """A courier's own process: load MLflow and open its store while the stage works, then send whenever a line asks for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the stage, whose last records are still to be sent
+    for number in (signal.SIGINT, signal.SIGTERM):  # for the stage, whose last records are still to be sent
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG: nothing is sent for a stage that is dead
     answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not answer for us
@@ -486,34 +259,6 @@ class SilentTracker(Tracker):
 
     def send(self, *, pending: bool = False) -> None:
         """Told by the main process."""
-
-
-def send_pending(root: Path, client: Any, *, without: str = "", stop: Callable[[], bool] = lambda: False) -> None:
-    """Send what earlier stages could not, until `stop` is true. Runs that another process is writing are its own business."""
-    for path in sorted((root / STATE / "tracking").glob("*.jsonl")):
-        if stop():
-            return
-        journal = Journal(root, path.stem)
-        state = journal.sent()
-        if path.stem == without or (state["closed"] and state["lines"] >= len(journal.records())):
-            continue
-        try:
-            with journal.lock.acquire(timeout=0):
-                journal.send(client, abandoned=True, stop=stop)
-        except Timeout:
-            continue
-
-
-def journal_key(stage: str, name: str, folder: Path | None) -> str:
-    """A fresh key, or the one an interrupted run left in its resume folder."""
-    note = folder / "tracking.key" if folder is not None else None
-    if note is not None and note.is_file():
-        return note.read_text(encoding="utf-8").strip()
-    key = f"{stage}-{name}-{uuid.uuid4().hex[:12]}"
-    if note is not None:  # in one step: a kill must not leave an empty key
-        note.with_suffix(".part").write_text(key, encoding="utf-8")
-        note.with_suffix(".part").replace(note)
-    return key
 
 
 def machine_tags() -> dict[str, str]:
@@ -573,12 +318,3 @@ def quietly(tags: Callable[[], dict[str, str]]) -> dict[str, str]:
         return tags()
     except Exception:
         return {}
-
-
-def recorded_run(root: Path, pathspec: str) -> str | None:
-    """MLflow's id of the run that a Metaflow task recorded, from this machine's journals; None where they do not know."""
-    journals = (home(root) / STATE / "tracking").glob("*.jsonl")
-    for path in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True):
-        if f'"metaflow.pathspec": "{pathspec}"' in path.read_text(encoding="utf-8"):
-            return Journal(home(root), path.stem).sent()["run_id"]
-    return None

@@ -36,7 +36,7 @@ class Link:
 def run_command(args: argparse.Namespace) -> int:
     """Print the chain; returns 0 if every link holds, 1 if one does not or is unknown."""
     from unigrpo.cli import project_root
-    from unigrpo.tracking import open_client
+    from unigrpo.journal import open_client
 
     root = project_root()
     client = open_client(root)
@@ -162,7 +162,7 @@ def params_link(run: Any, job: Any, root: Path) -> Link:
     """The resolved config, then and now, key by key where they differ."""
     from unigrpo.config import load_config
     from unigrpo.digests import flatten, sha256_json
-    from unigrpo.tracking import TEXT_LIMIT
+    from unigrpo.journal import TEXT_LIMIT
 
     then = run.data.tags.get("params.sha256", UNKNOWN)
     if job is None:

@@ -143,10 +143,12 @@ CLAIMS = (
 def sentinel_drift(found: Checkpoint, warm: Checkpoint | None) -> float | None:
     """The largest change since the warm-up among the sentinel's statistics of the evaluation, 1 being what is allowed.
 
-    What is allowed of some statistics is a share of their value at the warm-up: one that was 0 there has no unit and is left out.
+    What is allowed of some statistics is a share of their value at the warm-up: one that was 0 there has no unit and is left
+    out.
     """
     changes = {} if warm is None else compare_standing(warm.metrics, found.metrics)
-    return max((float(entry["change"]) / float(entry["allowed"]) for entry in changes.values() if entry["allowed"] > 0), default=None)
+    units = [float(entry["change"]) / float(entry["allowed"]) for entry in changes.values() if entry["allowed"] > 0]
+    return max(units, default=None)
 
 
 def calls_per_image(found: Checkpoint, warm: Checkpoint | None) -> float | None:
