@@ -7,8 +7,10 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_inputs import write_artifacts
 from scipy.stats import t as student
@@ -23,7 +25,9 @@ from unigrpo.report.claims import (
     SUPPORTED,
     UNDECIDED,
     Comparison,
+    sentinel_drift,
     together,
+    trained_drift,
     verdict,
 )
 from unigrpo.report.resampling import Statistics
@@ -207,6 +211,27 @@ def test_the_frontier_is_what_changes_penalty_and_reward_alone(report: dict) -> 
     assert "unigrpo" in best                                               # the most accurate, with the least drift
     assert "text_only" not in best
     assert "Observed under the reward shapes_tolerant" in claim(report, "penalty")["sentence"]
+
+
+def test_drift_is_taken_at_steps_that_every_arm_measures() -> None:
+    """An arm without a penalty knows its distance at monitored steps only; it is never 0 for want of a measurement."""
+    every = np.arange(35) * 1e-5
+    sparse = np.where(np.arange(35) % 10 == 0, every, np.nan)
+    inputs = SimpleNamespace(settings={"a": {"train.monitor_every": 10}})
+    drifts = [trained_drift(SimpleNamespace(run="a", curves=pd.DataFrame({"step": range(35), "image/velocity_mse": values})),
+                            inputs, "velocity_mse") for values in (every, sparse)]
+    assert drifts == pytest.approx([30e-5, 30e-5])
+    without = SimpleNamespace(run="a", curves=pd.DataFrame({"step": range(35)}))
+    assert trained_drift(without, inputs, "velocity_mse") is None
+
+
+@pytest.mark.parametrize(("before", "after", "wanted"), [(0.5, 0.35, 1.2), (0.0, 0.0, None)])
+def test_a_statistic_that_was_0_has_no_unit_of_drift(before: float, after: float, wanted: float | None) -> None:
+    """`edge_density` may change by a share of its value at the warm-up: a base that draws nothing has none."""
+    metrics = [{"sentinel/edge_density": value, "sentinel/edge_density/noise": 0.0} for value in (before, after)]
+    warm, found = (SimpleNamespace(metrics=values) for values in metrics)
+    drift = sentinel_drift(found, SimpleNamespace(arms=lambda: {"sft": [warm]}))
+    assert drift == (None if wanted is None else pytest.approx(wanted))         # 0.15 of 0.25 * 0.5
 
 
 def test_the_page_has_it_all(project: Path, report: dict) -> None:

@@ -140,26 +140,38 @@ CLAIMS = (
 
 # ----------------------------------------------------------------------------------------------------- numbers and values
 
-def sentinel_drift(found: Checkpoint, warm: Checkpoint | None) -> float | None:
+def sentinel_drift(found: Checkpoint, inputs: Inputs) -> float | None:
     """The largest change since the warm-up among the sentinel's statistics of the evaluation, 1 being what is allowed.
 
     What is allowed of some statistics is a share of their value at the warm-up: one that was 0 there has no unit and is left
     out.
     """
+    warm = next(iter(inputs.arms().get("sft", [])), None)
     changes = {} if warm is None else compare_standing(warm.metrics, found.metrics)
     units = [float(entry["change"]) / float(entry["allowed"]) for entry in changes.values() if entry["allowed"] > 0]
     return max(units, default=None)
 
 
-def calls_per_image(found: Checkpoint, warm: Checkpoint | None) -> float | None:
+def trained_drift(found: Checkpoint, inputs: Inputs, name: str) -> float | None:
+    """A distance from the reference (`velocity_mse`, `latent_kl`) at the end of training: its mean over the last third of the
+    monitored steps. Those are the same for every arm; steps between them know it only where it is part of the loss."""
+    curves, metric = found.curves, f"image/{name}"
+    if metric not in curves or found.run not in inputs.settings:
+        return None
+    monitored = curves.loc[curves["step"] % inputs.settings[found.run]["train.monitor_every"] == 0, metric]
+    values = monitored.tail(max(1, len(monitored) // 3)).dropna()
+    return significant(float(values.mean())) if len(values) else None
+
+
+def calls_per_image(found: Checkpoint, _inputs: Inputs) -> float | None:
     """Model calls that one image of the training's rollouts took."""
     images = found.training.get("cost/images")
     return found.training["cost/model_calls"] / images if images and "cost/model_calls" in found.training else None
 
 
-NUMBERS: dict[str, Callable[[Checkpoint, Checkpoint | None], float | None]] = {
+NUMBERS: dict[str, Callable[[Checkpoint, Inputs], float | None]] = {
     SENTINEL: sentinel_drift,
-    VELOCITY: lambda found, _: found.training.get("image/velocity_mse"),
+    VELOCITY: lambda found, inputs: trained_drift(found, inputs, "velocity_mse"),
     CALLS: calls_per_image,
 }
 UNITS = {SENTINEL: (1.0, ".2f", "of the sentinel's allowance"),
@@ -203,13 +215,12 @@ def headline_measure(found: Checkpoint) -> Measure:
 def evaluate(comparison: Comparison, inputs: Inputs, statistics: Statistics) -> dict[str, Any]:
     """A comparison's values, seed by seed and over seeds, and its verdict: one entry of a claim's `comparisons`."""
     arms = inputs.arms()
-    warm = next(iter(arms.get("sft", [])), None)
     members = {name: {c.seed: c for c in arms.get(name, [])} for name in (comparison.a, comparison.b)}
     shared = [seed for seed in members[comparison.a] if seed in members[comparison.b]]
     found: dict[str | None, dict[str, Any]] = {}
     for seed in shared:
         if comparison.metric in NUMBERS:
-            numbers = [NUMBERS[comparison.metric](members[name][seed], warm) for name in (comparison.a, comparison.b)]
+            numbers = [NUMBERS[comparison.metric](members[name][seed], inputs) for name in (comparison.a, comparison.b)]
             if numbers[0] is not None and numbers[1] is not None:
                 found[seed] = {"value": significant(numbers[0] - numbers[1]), "low": None, "high": None}
             continue

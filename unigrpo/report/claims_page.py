@@ -135,12 +135,13 @@ def frontier(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> list[s
             "intervals, hollow points had an alarm. Up and to the left is better."))
     rows = [[f"{escape(one['run'])}<br><small>{escape(one['reward_is'])} reward, {one['steps']} steps</small>",
              f"<td>{escape(KIND_NAMES.get(one['regularizer'], one['regularizer']))}</td>", number(one["weight"], "g"),
-             percent(one["accuracy"]), number(one["reward"]), number(one["velocity_mse"]), number(one["latent_kl"]),
-             number(one["sentinel"], ".2f"), DASH if one["alarms"] is None else f"<td>{one['alarms']}</td>",
+             percent(one["accuracy"]), number(one["validation"], ".3f"), number(one["reward"]), number(one["velocity_mse"]),
+             number(one["latent_kl"]), number(one["sentinel"], ".2f"),
+             DASH if one["alarms"] is None else f"<td>{one['alarms']}</td>",
              f"<td>{'yes' if one['best'] else ''}</td>" if one["accuracy"] else f"<td>{escape(one['status'])}</td>"]
             for one in points]
-    header = ["run", "penalty", "weight", "exact, %", "reward at the end", "velocity MSE", "latent KL", "sentinel", "alarms",
-              "on the frontier"]
+    header = ["run", "penalty", "weight", "exact, %", "validation", "reward at the end", "velocity MSE", "latent KL",
+              "sentinel", "alarms", "on the frontier"]
     return [*parts, markup.table(header, rows)] if rows else [*parts, markup.paragraph("There are no such runs.")]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unigrpo.evaluation.outcomes import significant
-from unigrpo.report.claims import NOT_RUN, OBSERVED, headline_measure, mean_over_seeds, sentinel_drift
+from unigrpo.report.claims import NOT_RUN, OBSERVED, headline_measure, mean_over_seeds, sentinel_drift, trained_drift
 from unigrpo.report.data import Checkpoint, Inputs
 from unigrpo.report.resampling import Statistics, across
 
@@ -96,12 +96,12 @@ def sweep_point(run: str, base: str, keys: Sequence[str], inputs: Inputs, member
 def build_frontier(inputs: Inputs, statistics: Statistics) -> list[dict[str, Any]]:
     """`frontier` of the report: every run that changes nothing but the regulariser, its weight and the reward.
 
-    Accuracy is on held-out prompts. Drift is measured alike for all, whatever they optimise: velocity MSE and latent KL to the
-    reference at the end of training, and the largest change of the sentinel's statistics at the evaluation (1 is allowed).
+    Accuracy is on held-out prompts, `validation` on those of the training's last probe, by which weights are chosen. Drift is
+    measured alike for all, whatever they optimise: velocity MSE and latent KL to the reference over the last monitored steps,
+    and the largest change of the sentinel's statistics at the evaluation (1 is allowed).
     `best` marks points that no other of their group (length, reward) beats in accuracy without more velocity drift.
     """
     members, full = inputs.arms(), inputs.settings.get("unigrpo")
-    warm = next(iter(members.get("sft", [])), None)
     if full is None:
         return []
     found = []
@@ -117,10 +117,11 @@ def build_frontier(inputs: Inputs, statistics: Statistics) -> list[dict[str, Any
             "run": run, "status": status(inputs, run), "steps": settings["train.num_steps"], "seeds": [c.seed for c in runs],
             "regularizer": kind, "weight": None if kind == "none" else settings[WEIGHT],
             "reward_is": reward_words(settings) if other else "exact", "accuracy": accuracy(runs, statistics),
+            "validation": mean_over_seeds([c.training.get("probe/exact") for c in runs]),
             "reward": mean_over_seeds([c.training.get("reward/mean") for c in runs]),
-            "velocity_mse": mean_over_seeds([c.training.get("image/velocity_mse") for c in runs]),
-            "latent_kl": mean_over_seeds([c.training.get("image/latent_kl") for c in runs]),
-            "sentinel": mean_over_seeds([sentinel_drift(c, warm) for c in runs]),
+            "velocity_mse": mean_over_seeds([trained_drift(c, inputs, "velocity_mse") for c in runs]),
+            "latent_kl": mean_over_seeds([trained_drift(c, inputs, "latent_kl") for c in runs]),
+            "sentinel": mean_over_seeds([sentinel_drift(c, inputs) for c in runs]),
             "alarms": sum(int(c.training.get("sentinel/alarms", 0)) for c in runs) if runs else None})
     for point in found:
         group = [one for one in found if (one["steps"], one["reward_is"]) == (point["steps"], point["reward_is"])]
