@@ -16,6 +16,7 @@ from metaflow import FlowSpec, Parameter, current, package_sources
 
 PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_exp", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
 CODE, SUFFIXES = ("unigrpo", "params"), (".py", ".yaml", ".txt", ".sha256")  # what travels with flows/ to other machines
+PATIENCE = 600  # seconds that processes have to end their step and save after SIGTERM; who takes the machine may kill sooner
 KNOWN = json.loads(os.environ.get("UNIGRPO_PROVENANCE") or "{}")  # set by the launcher where a flow is deployed
 
 
@@ -111,7 +112,7 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
     os.environ[KNOWN] = json.dumps(known)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, start_method="spawn",
-                          monitor_interval=0.1)
+                          monitor_interval=0.1, shutdown_timeout=PATIENCE)
     try:
         elastic_launch(config, sys.executable)("-m", "unigrpo.stages.run", stage, item)
     except ChildFailedError as error:

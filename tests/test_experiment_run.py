@@ -17,7 +17,7 @@ from unigrpo.evaluation.controls import read_understanding, thinking_effects
 from unigrpo.evaluation.outcomes import read_outcomes
 from unigrpo.experiment import RunSet, expand, make_request, read_sets, render, written_request
 from unigrpo.prompts.records import write_records
-from unigrpo.report.data import absence
+from unigrpo.report.reading import absence
 from unigrpo.stages import CELLS, parse_name
 from unigrpo.stages.evaluate import run as evaluate
 from unigrpo.stages.loading import save_policy

@@ -26,7 +26,8 @@ from unigrpo.evaluation.outcomes import HEADLINE, measure, significant
 from unigrpo.evaluation.sentinel import compare_standing
 from unigrpo.evaluation.statistics import Measure
 from unigrpo.report import benchmarks
-from unigrpo.report.data import HEADLINE_METRIC, Checkpoint, Inputs, drawn
+from unigrpo.report.data import HEADLINE_METRIC, drawn
+from unigrpo.report.reading import Checkpoint, Inputs
 from unigrpo.report.resampling import Statistics, across, over_seeds
 
 SEEDS = 3                   # fewer decide nothing

@@ -10,7 +10,8 @@ from unigrpo.evaluation.outcomes import HEADLINE
 from unigrpo.report import markup
 from unigrpo.report.claims import REFUTED, SUPPORTED, signed, unit
 from unigrpo.report.claims_figures import KIND_NAMES
-from unigrpo.report.data import PREFIX, Checkpoint, Inputs
+from unigrpo.report.data import PREFIX
+from unigrpo.report.reading import Checkpoint, Inputs
 from unigrpo.report.table import arm_order
 
 SHOWN = 8                   # prompts drawn by every arm in the gallery

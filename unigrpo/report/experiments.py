@@ -14,8 +14,9 @@ from typing import Any
 
 from unigrpo.config import Config
 from unigrpo.report.claims import CLAIMS, OBSERVED, build_claims
-from unigrpo.report.data import Inputs, build_report
+from unigrpo.report.data import build_report
 from unigrpo.report.published import PUBLISHED
+from unigrpo.report.reading import Inputs
 from unigrpo.report.resampling import Statistics
 from unigrpo.report.sweeps import build_frontier, build_roster, build_sweeps, frontier_sentence, sweep_sentence
 

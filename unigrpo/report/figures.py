@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from unigrpo.report.data import Checkpoint
+from unigrpo.report.reading import Checkpoint
 
 COLORS = {"base": "#8b929c", "sft": "#3f6fb5", "unigrpo": "#c8502d"}
 OTHER_COLORS = ("#2f8f6b", "#8a5aa8", "#b08a1e", "#3a9bb0", "#a84a72", "#6b7a2a")

@@ -12,8 +12,9 @@ from unigrpo.evaluation.outcomes import CFG, HEADLINE, THINKING
 from unigrpo.report import claims_page, effects, markup
 from unigrpo.report.benchmarks import main_rows, order
 from unigrpo.report.claims_figures import all_figures
-from unigrpo.report.data import PREFIX, Checkpoint, Inputs
+from unigrpo.report.data import PREFIX
 from unigrpo.report.figures import SUPERVISED_PANELS, arm_colors, curves_figure, results_figure, training_panels
+from unigrpo.report.reading import Checkpoint, Inputs
 from unigrpo.report.table import ROWS, arm_order, footnote
 
 THINKING_NAMES = {"on": "sampled", "greedy": "greedy", "off": "off", "shuffled": "another prompt's",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo.report.blocks import fill, names_in, pages
-from unigrpo.report.data import FOLDERS
 from unigrpo.report.figures import results_figure
+from unigrpo.report.reading import FOLDERS
 from unigrpo.report.table import read_report
 
 PICTURE = Path("docs/images/results.png")

@@ -12,7 +12,7 @@ from typing import Any
 
 from unigrpo.evaluation.outcomes import significant
 from unigrpo.report.claims import NOT_RUN, OBSERVED, headline_measure, mean_over_seeds, sentinel_drift, trained_drift
-from unigrpo.report.data import Checkpoint, Inputs
+from unigrpo.report.reading import Checkpoint, Inputs
 from unigrpo.report.resampling import Statistics, across
 
 REGULARIZER, WEIGHT, REWARD = "objective.image.regularizer", "objective.image.regularizer_weight", "reward."

@@ -18,8 +18,8 @@ from typing import Any
 from unigrpo.config import load_config
 from unigrpo.digests import sha256_path
 from unigrpo.report.blocks import BLOCKS, block_of, fill, names_in, pages
-from unigrpo.report.data import FOLDERS, read_inputs
 from unigrpo.report.experiments import full_report
+from unigrpo.report.reading import FOLDERS, read_inputs
 from unigrpo.report.table import read_report
 
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo.config import load_config
-from unigrpo.report.data import FOLDERS, read_inputs
 from unigrpo.report.experiments import full_report
 from unigrpo.report.page import figures, render_page
+from unigrpo.report.reading import FOLDERS, read_inputs
 from unigrpo.stages.session import writable
 from unigrpo.tracking import track
 
