@@ -37,12 +37,12 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "docs").mkdir()
     blocks = {name: "\n".join(marks(name)) for name in BLOCKS}
     (root / "README.md").write_text("\n\n".join(["# Title", blocks["main"], "12.5 % of nothing", blocks["seeds"]]) + "\n")
-    (root / "docs" / "experiments.md").write_text("\n\n".join(["# Page", blocks["claims"], blocks["arms"]]) + "\n")
+    (root / "docs" / "experiments.md").write_text("\n\n".join(["# Page", *(blocks[name] for name in ("claims", "arms", "frontier", "sweeps"))]) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("unigrpo.tracking.Tracker.send", lambda self, **_: None)
         for which in ("main", "experiments"):
             run("smoke", which=which, root=root)
-    assert len(write_readme(root, "smoke")) == 3
+    assert len(write_readme(root, "smoke")) == 4
     assert write_readme(root, "smoke") == []
     return root
 

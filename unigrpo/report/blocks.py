@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -108,18 +109,54 @@ def arms_block(report: Report) -> str:
     for name in arm_order(report["roster"]):
         found = report["roster"][name]
         if not found["point"]:
-            exact = "-" if found["exact"] is None else f"{100 * found['exact']['value']:.1f}" + (
-                "" if found["exact"]["low"] is None
-                else f" [{100 * found['exact']['low']:.1f}, {100 * found['exact']['high']:.1f}]")
             cost = found["cost"]
             counted = [f"{cost[key]:.3g}" if key in cost else "-" for key in ("model_calls", "flops")]
-            rows.append(f"| {name} | {found['status']} | {', '.join(map(str, found['seeds'])) or '-'} | {exact} | "
-                        f"{' | '.join(counted)} |")
+            rows.append(f"| {name} | {found['status']} | {', '.join(map(str, found['seeds'])) or '-'} | "
+                        f"{share(found['exact'])} | {' | '.join(counted)} |")
     header = "| arm | | seeds | exact accuracy, % | image model calls | FLOPs |"
     return "\n".join([header, "| --- | --- | --- | ---: | ---: | ---: |", *rows])
 
 
+def share(entry: Mapping[str, Any] | None) -> str:
+    """'64.1 [61.3, 66.9]' in per cent."""
+    if entry is None:
+        return "-"
+    bounds = "" if entry["low"] is None else f" [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+    return f"{100 * entry['value']:.1f}{bounds}"
+
+
+def frontier_block(report: Report) -> str:
+    """Every penalty and weight: validation and held-out accuracy beside drift, as a table."""
+    rows = []
+    for one in report["frontier"]:
+        weight = "-" if one["weight"] is None else f"{one['weight']:g}"
+        numbers = ["-" if one[key] is None else f"{one[key]:{form}}" for key, form in (
+            ("velocity_mse", ".2e"), ("latent_kl", ".2e"), ("sentinel", ".2f"))]
+        validation = "-" if one["validation"] is None else f"{100 * one['validation']:.1f}"
+        rows.append(f"| {one['run']} | {one['steps']} | {one['reward_is']} | {one['regularizer']} | {weight} | {validation} | "
+                    f"{share(one['accuracy'])} | {' | '.join(numbers)} |")
+    names = ("run", "steps", "reward", "penalty", "weight", "validation, %", "exact accuracy, %", "velocity MSE", "latent KL",
+             "sentinel")
+    return "\n".join([f"| {' | '.join(names)} |", "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows])
+
+
+def sweeps_block(report: Report) -> str:
+    """Every sweep point with its difference from the baseline, as a table."""
+    rows = []
+    for sweep in report["sweeps"]:
+        for point in sweep["points"]:
+            if point["run"] == sweep["baseline"]:
+                continue
+            found = point["difference"]
+            changed = ", ".join(f"`{key}: {json.dumps(point['values'][key])}`" for key in sweep["keys"]
+                                if point["values"][key] != sweep["points"][0]["values"][key])
+            rows.append(f"| {sweep['name']} | {point['run']} | {changed} | {share(point['accuracy'])} | "
+                        f"{point['status'] if found is None else points(found).replace(' points', '')} |")
+    return "\n".join(["| sweep | point | what it changes | exact accuracy, % | from the baseline, points |",
+                      "| --- | --- | --- | ---: | ---: |", *rows])
+
+
 BLOCKS: dict[str, tuple[str, Callable[[Report], str]]] = {      # name -> (report, writer)
     "main": ("main", readme_block), "seeds": ("experiments", seeds_block), "claims": ("experiments", claims_block),
-    "arms": ("experiments", arms_block),
+    "arms": ("experiments", arms_block), "frontier": ("experiments", frontier_block), "sweeps": ("experiments", sweeps_block),
 }

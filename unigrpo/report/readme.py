@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from unigrpo.report.blocks import fill, names_in, pages
+from unigrpo.report.claims_figures import frontier_figure
 from unigrpo.report.figures import results_figure
 from unigrpo.report.reading import FOLDERS
 from unigrpo.report.table import read_report
 
-PICTURE = Path("docs/images/results.png")
+PICTURE, FRONTIER = Path("docs/images/results.png"), Path("docs/images/frontier.png")
 SHOWN = 4                                    # prompts drawn before and after in the picture
 
 
@@ -23,9 +24,9 @@ def read_reports(root: Path, scale: str) -> dict[str, dict[str, Any]]:
 
 
 def write_readme(root: Path, scale: str) -> list[Path]:
-    """Rewrite README.md and docs/*.md between their marks, and docs/images/results.png. Returns the files that changed.
+    """Rewrite README.md and docs/*.md between their marks, and two figures of docs/images. Returns the files that changed.
 
-    The pictures in the figure are those of the first evaluation prompts, not chosen; without the samples, which DVC holds, it
+    The pictures in results.png are those of the first evaluation prompts, not chosen; without the samples, which DVC holds, it
     has none.
 
     Raises: ValueError if a report is missing, or a mark is.
@@ -36,6 +37,8 @@ def write_readme(root: Path, scale: str) -> list[Path]:
     new = {path: fill(text, reports, path.relative_to(root).as_posix()).encode() for path in pages(root)
            if names_in(text := path.read_text(encoding="utf-8"))}
     new[root / PICTURE] = results_figure(main, sample_pairs(folder))
+    if frontier := frontier_figure(reports.get("experiments", {}).get("frontier", ())):
+        new[root / FRONTIER] = frontier
     changed = [path for path, content in new.items() if not path.is_file() or path.read_bytes() != content]
     for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)
