@@ -137,7 +137,7 @@ def frontier_block(report: Report) -> str:
                     f"{share(one['accuracy'])} | {' | '.join(numbers)} |")
     names = ("run", "steps", "reward", "penalty", "weight", "validation, %", "exact accuracy, %", "velocity MSE", "latent KL",
              "sentinel")
-    return "\n".join([f"| {' | '.join(names)} |", "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows])
+    return "\n".join([f"| {' | '.join(names)} |", f"| --- | ---: | --- | --- |{' ---: |' * 6}", *rows])
 
 
 def sweeps_block(report: Report) -> str:
