@@ -104,17 +104,20 @@ def claims_block(report: Report) -> str:
 
 
 def arms_block(report: Report) -> str:
-    """Every full-length arm: whether it ran, exact accuracy and counted cost, as a table."""
+    """The warm-up and every full-length arm: whether it ran, exact accuracy and its two factors, counted cost, as a table."""
+    warm = {"status": "the warm-up", "seeds": [], "exact": report["arms"].get("sft", {}).get(f"{PREFIX}exact"), "cost": {}}
     rows = []
-    for name in arm_order(report["roster"]):
-        found = report["roster"][name]
-        if not found["point"]:
-            cost = found["cost"]
-            counted = [f"{cost[key]:.3g}" if key in cost else "-" for key in ("model_calls", "flops")]
-            rows.append(f"| {name} | {found['status']} | {', '.join(map(str, found['seeds'])) or '-'} | "
-                        f"{share(found['exact'])} | {' | '.join(counted)} |")
-    header = "| arm | | seeds | exact accuracy, % | image model calls | FLOPs |"
-    return "\n".join([header, "| --- | --- | --- | ---: | ---: | ---: |", *rows])
+    for name, found in [("sft", warm), *((name, report["roster"][name]) for name in arm_order(report["roster"]))]:
+        if found.get("point"):
+            continue
+        shares = [report["arms"].get(name, {}).get(PREFIX + key) for key in ("thinking_accuracy", "image_given_plan")]
+        counted = [f"{found['cost'][key]:.3g}" if key in found["cost"] else "-" for key in ("model_calls", "flops")]
+        rows.append([name, found["status"], ", ".join(map(str, found["seeds"])) or "-", *map(share, [found["exact"], *shares]),
+                     *counted])
+    header = ["arm", "", "seeds", "exact accuracy, %", "thinking right, %", "image right, given a right plan, %",
+              "image model calls", "FLOPs"]
+    lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
+    return "\n".join([lines[0], f"| --- | --- | --- |{' ---: |' * 5}", *lines[1:]])
 
 
 def share(entry: Mapping[str, Any] | None) -> str:
