@@ -27,7 +27,7 @@ KINDS = {"unigrpo": "velocity_mse", "no_regularizer": "none", "latent_kl": "late
 ARMS = [f"smoke-{run}-0" for run in KINDS]
 REGULARIZERS = [f"train/{arm}" for arm in ARMS[:3]]
 MADE = ("checkpoint", "gallery", "curves.csv", "training.json", "outcomes.csv", "metrics.json", "verdicts.parquet", "samples")
-TROUBLE = re.compile(r"ERROR|Unable to acquire|lock file|does not answer|Traceback")
+TROUBLE = re.compile(r"ERROR|Unable to acquire|(?<!Updating )(?<!Generating )lock file|does not answer|Traceback")
 
 
 def commit(folder: Path, what: str) -> None:
