@@ -20,6 +20,11 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "85899
 # another process wants them a step of RL takes five times as long as with 2,000, which cost nothing on idle cores either.
 WAITING = {"GOMP_SPINCOUNT": "2000"}
 
+# What keeps an x86 processor to AVX2, whatever it has: PyTorch's own kernels, oneDNN, MKL and numpy. A library reads its own at
+# import, and those of other processors ignore them. At scale tiny a step takes as long with them as without.
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR"}
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "true",
            "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1", "ITERATIVE_DO_NOT_TRACK": "1"}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -28,7 +33,10 @@ PORT = 29500   # where processes of several machines meet
 
 def environment(config: Config, base: Mapping[str, str], root: Path) -> dict[str, str]:
     """The environment of a stage in `root`: everything numbers depend on is set, whatever the machine had."""
-    env = WAITING | dict(base) | MALLOC | OFFLINE | {name: str(config.compute.threads) for name in THREADS}
+    own = {name: value for name, value in base.items() if name not in AVX2}  # of the shell: numbers do not depend on it
+    env = WAITING | own | MALLOC | OFFLINE | {name: str(config.compute.threads) for name in THREADS}
+    if config.compute.instructions == "avx2":
+        env |= AVX2
     return env | {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
                   "PYTHONPATH": os.pathsep.join(filter(None, [str(root), base.get("PYTHONPATH", "")])), "MPLBACKEND": "Agg",
                   "UNIGRPO_SCALE": config.scale, "UNIGRPO_ROOT": str(root)}

@@ -273,6 +273,22 @@ def test_the_environment_of_a_stage_does_not_come_from_the_shell(launch):
     assert launch.environment(config, {"USER": "ada"})["METAFLOW_USER"] == "ada"
 
 
+def test_a_processor_with_wider_vectors_rounds_like_one_without(launch):
+    """The committed lock was made without AVX-512. What the shell says of it does not count, and a scale may want all there is."""
+    config = load_config("tiny", root=ROOT)
+    assert config.compute.instructions == load_config("smoke", root=ROOT).compute.instructions == "avx2"
+    env = launch.environment(config, {"PATH": "/bin", "ATEN_CPU_CAPABILITY": "default"})
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability()); import numpy._core._multiarray_umath as m; " \
+           "print(any(m.__cpu_features__.get(name) for name in ('X86_V4', 'AVX512_SKX')))"
+    said = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env, "PATH": os.environ["PATH"]},
+                          capture_output=True, text=True, check=True)
+    capability, wider = said.stdout.split()
+    assert capability in ("AVX2", "DEFAULT", "NO AVX")
+    assert wider == "False"
+    native = launch.environment(load_config("bagel_7b", root=ROOT), {"PATH": "/bin", "ATEN_CPU_CAPABILITY": "default"})
+    assert "ATEN_CPU_CAPABILITY" not in native
+
+
 def test_a_mistake_ends_the_launcher_in_one_line(launch, monkeypatch, capsys):
     monkeypatch.delenv("UNIGRPO_BACKEND", raising=False)
     monkeypatch.delenv("DVC_STAGE", raising=False)

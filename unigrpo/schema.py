@@ -172,11 +172,12 @@ class GpuConfig(Section):
 
 
 class ComputeConfig(Section):
-    """Where and how stages run: nothing here may change a number except the counts of threads and processes, which are
-    part of exactness, and the device, all by rounding."""
+    """Where and how stages run: nothing here may change a number except the counts of threads and processes and the
+    instructions, which are part of exactness, and the device, all by rounding."""
 
     threads: Positive
     processes: Positive
+    instructions: Literal["native", "avx2"]
     slots: Positive
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
