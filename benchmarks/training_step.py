@@ -44,6 +44,7 @@ from unigrpo.tracking import Tracker
 from unigrpo.types import Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 from unigrpo.worlds.shapes import sample_record, vocabulary
+from unigrpo.worlds.shapes.detect import forget
 
 ROOT = Path(__file__).parents[1]
 LOG_PROB_BOUND = 1e-4   # nats, of batched and serial log-probs of the same tokens and steps
@@ -147,6 +148,7 @@ def random_policy(config: Config, device: torch.device) -> BagelPolicy:
 
 def drawn_rewards(clock: Clock, setting: Setting, rollouts: Rollouts) -> list[Reward]:
     """The run's rewards, timed, with other values: pictures of random weights all score alike, and would teach nothing."""
+    forget()  # every repeat draws the same pictures
     with clock.phase("reward"):
         found = rewards_of(setting.policy, setting.rewards, rollouts)
     names = [reward.name for reward in found] or list(setting.config.reward.weights)
