@@ -25,6 +25,7 @@ from typing import Any
 
 import phases
 import torch
+from pages import put
 from phases import PHASES, ROLLOUT, UPDATE, Clock, Products, best, floor_seconds, measured_bandwidth
 from serial import SerialPolicy
 from torch import Tensor
@@ -414,7 +415,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--cpu-seconds", action="store_true", help="read CPU seconds: for a busy machine, with --threads 1")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="append the table to this file")
+    parser.add_argument("--write", type=Path, help="a page: the table goes between its marks, or to its end")
     args = parser.parse_args()
     if args.cpu_seconds:
         if args.threads != 1:
@@ -430,8 +431,7 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.write is not None:
-        with args.write.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        put(args.write, f"{args.scale} {result['shape']['prompts']}x{result['shape']['group']}", lines)
     missed = [name for name, value in result["bounds"].items() if not value["met"]]
     for name in missed:
         print(f"missed: {name}: {result['bounds'][name]}", file=sys.stderr)
