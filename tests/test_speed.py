@@ -115,8 +115,8 @@ def test_a_table_replaces_the_one_before_it_and_nothing_else(tmp_path):
     put(page, "two", ["other"])
     page.write_text(page.read_text() + "\nends\n")
     put(page, "one", ["second"])
-    assert page.read_text() == ("# A page\n\n<!-- one -->\n\nsecond\n\n<!-- /one -->\n\n<!-- two -->\n\nother\n\n<!-- /two -->\n"
-                                "\nends\n")
+    wanted = "# A page\n\n<!-- one -->\n\nsecond\n\n<!-- /one -->\n\n<!-- two -->\n\nother\n\n<!-- /two -->\n\nends\n"
+    assert page.read_text() == wanted
     page.write_text(page.read_text().replace("<!-- /one -->", ""))
     with pytest.raises(ValueError, match="must have the marks"):
         put(page, "one", ["third"])
