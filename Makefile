@@ -2,7 +2,8 @@
 # make experiments  everything that params/experiment.yaml lists (JOBS=2: two arms at a time; compute.slots by default)
 # make test         no network, no GPU, minutes;  make test-slow: full sizes;  make check: ruff and types
 # make audit        known weaknesses of the pinned packages (pip-audit; needs a network, says so where there is none)
-# make bench        a training step and its scaling beside the serial reference and bounds: minutes, best on an idle machine
+# make bench        a training step and its scaling beside the serial reference and bounds: minutes, best on an idle machine;
+#                   WRITE=1 puts the tables into docs/benchmarks/
 # make ui           MLflow's pages;  make lock-status: what is stale;  make clean: caches and logs, never results
 #
 # Every target sets up what it needs. Python 3.11 or newer and gcc are all that must be there: PYTHON=python3.12 make repro.
@@ -88,12 +89,16 @@ audit: .venv/.stamp
 	@.venv/bin/python tests/audit.py constraints.txt
 
 bench: .venv/.stamp
-	@mkdir -p build/bench; rm -f build/bench/*; status=0; \
-	for scale in tiny small $$(.venv/bin/python -c 'import torch; print("bagel_7b" * torch.cuda.is_available())'); do \
-	  $(BENCH) benchmarks/training_step.py --scale $$scale --json build/bench/$$scale.json --write build/bench/bench.md || status=1; \
+	@mkdir -p build/bench; rm -f build/bench/*; status=0; page=$(if $(WRITE),docs/benchmarks/training_step.md,build/bench/bench.md); \
+	json=$(if $(WRITE),docs/benchmarks/training_step,build/bench/training_step); \
+	$(BENCH) benchmarks/training_step.py --scale tiny --json $$json.json --write $$page || status=1; \
+	$(BENCH) benchmarks/training_step.py --scale tiny --prompts 8 --group 16 --json $${json}_8x16.json --write $$page || status=1; \
+	for scale in small $$(.venv/bin/python -c 'import torch; print("bagel_7b" * torch.cuda.is_available())'); do \
+	  $(BENCH) benchmarks/training_step.py --scale $$scale --repeats 2 --json $${json}_$$scale.json --write $$page || status=1; \
 	done; \
-	$(BENCH) benchmarks/scaling.py --json build/bench/scaling.json --write build/bench/bench.md || status=1; \
-	echo "written to build/bench/"; exit $$status
+	$(BENCH) benchmarks/scaling.py --repeats 3 --json $${json}_scaling.json --write $$page || status=1; \
+	$(BENCH) benchmarks/startup.py --write $(if $(WRITE),docs/benchmarks/startup.md,$$page) || status=1; \
+	echo "written to $$page"; exit $$status
 
 ui: store
 	@.venv/bin/unigrpo store

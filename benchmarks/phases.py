@@ -135,6 +135,13 @@ def layout(x: torch.Tensor) -> Layout:
     return tuple(x.shape), tuple(x.stride()), x.dtype
 
 
+def filled(matrix: Layout, device: torch.device) -> torch.Tensor:
+    """A matrix of that layout with random values; one may be a view of fewer numbers than it has places (an expanded one)."""
+    shape, stride, dtype = matrix
+    size = 1 + sum((count - 1) * step for count, step in zip(shape, stride, strict=True))
+    return torch.randn(size, dtype=dtype, device=device).as_strided(shape, stride)
+
+
 def best(function: Callable[[], object], synchronize: Callable[[], None], *, repeats: int, inner: int) -> float:
     """Seconds of one call: the best of several rounds of some calls each, after a first that is not counted."""
     function()
@@ -160,8 +167,7 @@ def floor_seconds(products: Products, device: torch.device, synchronize: Callabl
     """
     total = 0.0
     for (left, right), count in products.counts.items():
-        a, b = (torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
-                for shape, stride, dtype in (left, right))
+        a, b = (filled(matrix, device) for matrix in (left, right))
         seconds = best(lambda a=a, b=b: a @ b, synchronize, repeats=repeats, inner=3)
         moved = (a.numel() + b.numel() + a.numel() // a.shape[-1] * b.shape[-1]) * a.element_size()
         total += count * max(seconds, moved / bandwidth if bandwidth else 0.0)

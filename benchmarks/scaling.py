@@ -21,6 +21,7 @@ from typing import Any
 
 import phases
 import torch
+from pages import put
 from phases import PHASES, Clock, Products
 from torch.profiler import ProfilerActivity, profile
 from training_step import Setting, make_setting, run_step, scale_config
@@ -154,7 +155,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--cpu-seconds", action="store_true", help="read CPU seconds: for a busy machine, with one thread")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="append the table to this file")
+    parser.add_argument("--write", type=Path, help="a page: the table goes between its marks, or to its end")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.cpu_seconds:
@@ -167,8 +168,7 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.write is not None:
-        with args.write.open("a", encoding="utf-8") as file:
-            file.write("\n".join(table(results)) + "\n")
+        put(args.write, "scaling", table(results))
     missed = [name for name, row in results.items() if not row["met"]]
     if missed:
         print(f"grows faster than its arithmetic: {', '.join(missed)}", file=sys.stderr)

@@ -25,6 +25,7 @@ from typing import Any
 
 import phases
 import torch
+from pages import put
 from phases import PHASES, ROLLOUT, UPDATE, Clock, Products, best, floor_seconds, measured_bandwidth
 from serial import SerialPolicy
 from torch import Tensor
@@ -44,6 +45,7 @@ from unigrpo.tracking import Tracker
 from unigrpo.types import Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 from unigrpo.worlds.shapes import sample_record, vocabulary
+from unigrpo.worlds.shapes.detect import forget
 
 ROOT = Path(__file__).parents[1]
 LOG_PROB_BOUND = 1e-4   # nats, of batched and serial log-probs of the same tokens and steps
@@ -147,6 +149,7 @@ def random_policy(config: Config, device: torch.device) -> BagelPolicy:
 
 def drawn_rewards(clock: Clock, setting: Setting, rollouts: Rollouts) -> list[Reward]:
     """The run's rewards, timed, with other values: pictures of random weights all score alike, and would teach nothing."""
+    forget()  # every repeat draws the same pictures
     with clock.phase("reward"):
         found = rewards_of(setting.policy, setting.rewards, rollouts)
     names = [reward.name for reward in found] or list(setting.config.reward.weights)
@@ -412,7 +415,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--cpu-seconds", action="store_true", help="read CPU seconds: for a busy machine, with --threads 1")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--write", type=Path, help="append the table to this file")
+    parser.add_argument("--write", type=Path, help="a page: the table goes between its marks, or to its end")
     args = parser.parse_args()
     if args.cpu_seconds:
         if args.threads != 1:
@@ -428,8 +431,7 @@ def main() -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.write is not None:
-        with args.write.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        put(args.write, f"{args.scale} {result['shape']['prompts']}x{result['shape']['group']}", lines)
     missed = [name for name, value in result["bounds"].items() if not value["met"]]
     for name in missed:
         print(f"missed: {name}: {result['bounds'][name]}", file=sys.stderr)

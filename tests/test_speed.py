@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import phases  # noqa: E402
+from pages import put  # noqa: E402
 from phases import PHASES, Clock, Products  # noqa: E402
 from serial import SerialPolicy  # noqa: E402
 from training_step import Setting, compare, make_setting, run_step, scale_config, serial_config  # noqa: E402
@@ -105,6 +106,26 @@ def test_batched_beats_serial_and_gives_its_numbers(monkeypatch):
     compare(ours[0], other, serial.sampled)
     ratio = other.clock.total / min(outcome.clock.total for outcome in ours)
     assert ratio > 2.5, ratio
+
+
+def test_a_table_replaces_the_one_before_it_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n")
+    put(page, "one", ["first"])
+    put(page, "two", ["other"])
+    page.write_text(page.read_text() + "\nends\n")
+    put(page, "one", ["second"])
+    wanted = "# A page\n\n<!-- one -->\n\nsecond\n\n<!-- /one -->\n\n<!-- two -->\n\nother\n\n<!-- /two -->\n\nends\n"
+    assert page.read_text() == wanted
+    page.write_text(page.read_text().replace("<!-- /one -->", ""))
+    with pytest.raises(ValueError, match="must have the marks"):
+        put(page, "one", ["third"])
+
+
+def test_operands_that_share_numbers_can_be_multiplied_again():
+    shared = phases.filled(((4, 6), (0, 1), torch.float32), torch.device("cpu"))
+    assert (shared.shape, shared.stride()) == ((4, 6), (0, 1))
+    assert torch.isfinite(shared @ phases.filled(((6, 3), (1, 6), torch.float32), torch.device("cpu"))).all()
 
 
 if __name__ == "__main__":

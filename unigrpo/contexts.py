@@ -185,6 +185,20 @@ def take_rows(context: Context, rows: Tensor, room: int = 0) -> Context:
                    context.used)
 
 
+def put_rows(context: Context, rows: Tensor, taken: Context) -> None:
+    """Write back, in place, the columns that a copy of some rows has gained since `take_rows`; the other rows' are masked.
+
+    Args:
+        rows: (R,) int64, none twice. taken: R rows, at least as many columns used.
+    """
+    gained = slice(context.used, taken.used)
+    for cache, part in zip((*context.keys, *context.values), (*taken.keys, *taken.values), strict=True):
+        cache[rows, :, gained] = part[:, :, gained]
+    context.mask[rows, gained] = taken.mask[:, gained]
+    context.positions = context.positions.index_copy(0, rows, taken.positions)
+    context.used = taken.used
+
+
 def build_contexts(model: MoTModel, markers: Tensor, parts: Sequence[Part], *, guided: bool = True,
                    thinking: bool = False) -> Contexts:
     """Read the parts of B samples, in order, into the contexts of guidance.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unigrpo.config import Config
-from unigrpo.contexts import prefill
+from unigrpo.contexts import prefill, take_rows
 from unigrpo.distributed import ALONE, World
 from unigrpo.evaluation.controls import truncate
 from unigrpo.evaluation.outcomes import HEADLINE
@@ -76,8 +76,10 @@ def write_thoughts(policy: BagelPolicy, pairs: Sequence[tuple[PromptRecord, int]
     limit, parts, texts = config.rollout.max_thinking_tokens, [], []
     for start in range(0, len(pairs), batch):
         part = pairs[start:start + batch]
-        tokens, lengths = policy.encode([p for p, _ in part])
-        context = prefill(policy.model, tokens, lengths, room=limit + 1)
+        records = {p.id: p for p, _ in part}                 # a prompt is read once for all its samples
+        prefix = prefill(policy.model, *policy.encode(list(records.values())))
+        place = {name: row for row, name in enumerate(records)}
+        context = take_rows(prefix, torch.tensor([place[p.id] for p, _ in part]), limit + 1)
         uniforms = np.stack([generator(seed, "evaluate-thinking", p.id, i).random(limit, dtype=np.float32) for p, i in part])
         segment = think(policy.model, policy.special, context, torch.from_numpy(uniforms),
                         temperature=config.rollout.temperature, top_k=config.rollout.top_k, greedy=greedy)
@@ -175,7 +177,9 @@ def think_grid(policy: BagelPolicy, prompts: Sequence[PromptRecord], cells: Set[
     thoughts: dict[str, Thoughts | None] = {"off": None}
     if cells & {"on", "shuffled", "truncated"}:
         own = write([(p, i) for p in prompts for i in range(samples)])
-        thoughts |= {"on": own, "truncated": halved(policy, own)}
+        thoughts["on"] = own
+        if "truncated" in cells:
+            thoughts["truncated"] = halved(policy, own)
         if "shuffled" in cells:
             thoughts["shuffled"] = own.select(shuffled_rows(len(prompts), samples, seed))
     if "greedy" in cells:

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unigrpo.contexts import attend_image, image_query, visible
+from unigrpo.contexts import attend_image, image_query, put_rows, take_rows, visible
 from unigrpo.flow.guidance import Renorm, combine_guidance, guidance_active
 from unigrpo.flow.sde import TransitionKind, transition
 from unigrpo.models.bagel import SpecialTokens
 from unigrpo.models.mot import Context, MoTModel
 from unigrpo.text import sample_tokens
 from unigrpo.types import TextSegment
+
+KEEP_MULTIPLE = 16  # rows that go on thinking together, on a CPU: matrix kernels treat the last few rows of a product apart
+KEEP_SHARE = 0.5    # of the rows: with no more of them left, the caches of those that still think are copied
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ def think(model: MoTModel, special: SpecialTokens, context: Context, uniforms: T
 
     The fresh start token is fed first; sampled ids, the stop token included, are fed as they are. A row that has ended
     feeds nothing more: its later columns are masked, never padded over (a stop token overwritten by padding leaves the
-    image conditioned on a context that was never trained).
+    image conditioned on a context that was never trained). On a CPU, where a step costs what its rows cost, rows that have
+    ended are left out of the later steps (see `still_thinking`); the others' numbers stay as they are, bit for bit.
 
     Args:
         context: with room for uniforms.shape[1] + 1 columns (one more with `close`); holds the thinking afterwards.
@@ -74,23 +78,46 @@ def think(model: MoTModel, special: SpecialTokens, context: Context, uniforms: T
     mask = torch.zeros(rows, limit, dtype=torch.bool, device=device)
     feeding = torch.ones(rows, dtype=torch.bool, device=device)
     token, uniforms = torch.full((rows,), special.bos, dtype=torch.int64, device=device), uniforms.to(device)
+    live, index = context, torch.arange(rows, device=device)  # the rows that are fed, and which ones of the context they are
     for step in range(limit + 1):
-        hidden = feed(model, context, token, feeding)
+        hidden = feed(model, live, token, feeding)
         sampling = feeding & (token != special.eos)
         if step == limit or not sampling.any():
             break
-        drawn, log_prob, spread = sample_tokens(model.logits(hidden), uniforms[:, step], temperature=temperature,
+        drawn, log_prob, spread = sample_tokens(model.logits(hidden), uniforms[index, step], temperature=temperature,
                                                 top_k=top_k, greedy=greedy)
         token = torch.where(sampling, drawn, special.pad)
-        tokens[:, step], mask[:, step] = token, sampling
-        log_probs[:, step] = torch.where(sampling, log_prob, 0.0)
-        entropy[:, step] = torch.where(sampling, spread, 0.0)
+        tokens[index, step], mask[index, step] = token, sampling
+        log_probs[index, step] = torch.where(sampling, log_prob, 0.0)
+        entropy[index, step] = torch.where(sampling, spread, 0.0)
         feeding = sampling
+        if (kept := still_thinking(feeding)) is not None:
+            if live is not context:
+                put_rows(context, index, live)
+            token, feeding, index = token[kept], feeding[kept], index[kept]
+            live = take_rows(context, index, limit - step + close)
     if close and sampling.any():
-        feed(model, context, torch.full_like(token, special.eos), sampling)
+        feed(model, live, torch.full_like(token, special.eos), sampling)
+    if live is not context:
+        put_rows(context, index, live)
     longest = int(mask.sum(dim=1).max())
     return TextSegment("text_ar", log_probs[:, :longest], mask[:, :longest], tokens=tokens[:, :longest],
                        entropy=entropy[:, :longest])
+
+
+def still_thinking(feeding: Tensor) -> Tensor | None:
+    """Which of the rows (R,) bool to go on with, once enough have ended: indices in order; None to go on with all.
+
+    Those that still think, and as many others as make a multiple of KEEP_MULTIPLE. On an accelerator, where a step costs its
+    weights' bytes rather than its rows, and a second cache has no room, always all.
+    """
+    rows = len(feeding)
+    if feeding.device.type != "cpu" or rows <= KEEP_MULTIPLE:
+        return None
+    count = -(-int(feeding.sum()) // KEEP_MULTIPLE) * KEEP_MULTIPLE
+    if count > KEEP_SHARE * rows:
+        return None
+    return feeding.int().argsort(descending=True, stable=True)[:count].sort().values
 
 
 def feed(model: MoTModel, context: Context, token: Tensor, rows: Tensor) -> Tensor:

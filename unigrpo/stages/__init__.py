@@ -141,7 +141,23 @@ def parse_name(stage: str, name: str, root: Path = Path(".")) -> Job:
 
 def run_stage(stage: str, name: str, root: Path = Path("."), provenance: Mapping[str, str] | None = None) -> dict[str, float]:
     """Call the stage function that `name` means. Returns its metrics."""
+    job = parse_name(stage, name, root)
+    return quick_import(f"unigrpo.stages.{stage}").run(**job.arguments, root=root, provenance=dict(provenance or {}))
+
+
+def quick_import(module: str) -> Any:
+    """Import a stage's module without the garbage collector, which would look a hundred times through what is there to stay.
+
+    What was imported is left out of its later rounds too.
+    """
+    import gc
     from importlib import import_module
 
-    job = parse_name(stage, name, root)
-    return import_module(f"unigrpo.stages.{stage}").run(**job.arguments, root=root, provenance=dict(provenance or {}))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(module)
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()

@@ -79,6 +79,9 @@ class Components:
     size: int
 
 
+_LAST: list[tuple[np.ndarray, Components]] = []  # at most one: images, and what is in them; `forget` empties it
+
+
 def _dilate(labels: np.ndarray) -> np.ndarray:
     """(N, H, W) largest label among the 3x3 neighbours."""
     padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
@@ -145,7 +148,7 @@ def _defects(residual: np.ndarray, template: np.ndarray, axis: np.ndarray) -> tu
 
 
 def detect_arrays(images: np.ndarray) -> Components:
-    """All objects of a batch.
+    """All objects of a batch. What was found last is remembered: several rewards, or a verdict's parts, look at one batch.
 
     Args:
         images: (N, 32, 32, 3) float in [0, 1]; values outside are clipped, as they are when an image is saved.
@@ -155,6 +158,21 @@ def detect_arrays(images: np.ndarray) -> Components:
         raise ValueError(f"images must be (N, {IMAGE_SIZE}, {IMAGE_SIZE}, 3), got {images.shape}")
     if not np.isfinite(images).all():
         raise ValueError(f"images must be finite, got {int((~np.isfinite(images)).sum())} values that are not")
+    for seen, found in _LAST:
+        if seen.dtype == images.dtype and np.array_equal(seen, images):
+            return found
+    found = _find(images)
+    _LAST[:] = [(images.copy(), found)]
+    return found
+
+
+def forget() -> None:
+    """Remember no batch: what is timed must look at it."""
+    _LAST.clear()
+
+
+def _find(images: np.ndarray) -> Components:
+    """`detect_arrays` of images that are checked."""
     deviation = np.rint(np.clip(images, 0.0, 1.0).astype(np.float32) * np.float32(255)) - _BASE  # (N, H, W, 3) integers
     labels, count = _label(deviation)
     covered = _dilate(labels)
