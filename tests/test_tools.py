@@ -145,8 +145,12 @@ def test_mlflow_s_pages_in_a_browser(together, tmp_path):
     assert pages.runs[name] in answer
     said = run_in(together, "python", "-m", "unigrpo", "doctor", "run", pathspec[0], check=False).stdout
     assert pages.runs[name] in said
-    states = {line[13:21].strip() for line in said.splitlines()} & {"ok", "differs", "unknown"}
-    assert states == {"ok"}, said
+    lines = [line for line in said.splitlines() if line[13:21].strip() in ("ok", "differs", "unknown")]
+    doubtful = [line for line in lines if line[13:21].strip() != "ok"]
+    assert len(lines) > 8, said
+    # The fixture has taken the warm-up's run out of MLflow, so nothing is known of it.
+    assert [re.sub("[0-9a-f]{12}", "DIGEST", line).split(maxsplit=2) for line in doubtful] == [
+        ["checkpoint", "unknown", "from artifacts/smoke/sft/checkpoint DIGEST, made by a run that MLflow does not know"]], said
 
 
 def test_dvc_experiments_work_offline(together, tmp_path):
@@ -165,7 +169,8 @@ def test_dvc_experiments_work_offline(together, tmp_path):
     table = list(csv.DictReader(io.StringIO(run_in(folder, "dvc", "exp", "show", "--csv", **offline).stdout)))
     column = next(name for name in table[0] if name.endswith("train.num_steps") and "smoke" in name)
     assert {row["Experiment"]: row[column] for row in table if row["Experiment"]} == {"four": "4", "two": "2"}
-    changes = json.loads(run_in(folder, "dvc", "metrics", "diff", "--json", **offline).stdout)
+    said = run_in(folder, "dvc", "metrics", "diff", "--json", **offline).stdout
+    changes = json.loads(said[said.index("{"):])  # before it DVC warns of evaluations that nobody has asked for
     updates = changes["artifacts/smoke/unigrpo/0/training.json"]["cost/updates"]
     assert (updates["old"], updates["new"]) == (6.0, 8.0)
     run_in(folder, "dvc", "plots", "diff", "four", "two", **offline)
