@@ -178,6 +178,7 @@ class ComputeConfig(Section):
     threads: Positive
     processes: Positive
     slots: Positive
+    patience_minutes: float = Field(gt=0)
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
     remote: RemoteConfig
