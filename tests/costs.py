@@ -1,4 +1,6 @@
-"""What checkpoints and keyed draws cost a training, as ratios: pairs of runs, with and without, by turns in one measurement.
+"""What checkpoints and keyed draws cost a training, as ratios within one measurement.
+
+Checkpoints: pairs of runs, with and without, by turns. Draws: a run's seconds to those without the making of generators.
 
 Training's loop alone counts, in a process of its own a run. CPU seconds depend little on what else the machine does; wall
 seconds also hold the disk's answer, and are shown beside them.
@@ -12,8 +14,8 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +26,66 @@ from undisturbed import ROOT, change_params, make_project, run, said, start
 from unigrpo import tracking
 from unigrpo.config import load_config
 from unigrpo.experiment import make_request, render
-from unigrpo.seeding import generator
 
 SCALES = {"smoke": 12, "tiny": 3}  # steps of training
 
 
 @dataclass
 class Cost:
-    """A ratio of seconds: medians over pairs of runs."""
+    """A ratio of seconds: medians over runs, or over pairs of them."""
 
     what: str
     cpu: float
     wall: float
-    pairs: int
+    runs: int
 
 
-def timed(function: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    """The function, whose CPU and wall seconds go into a file."""
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        began = time.process_time(), time.perf_counter()
-        out = function(*args, **kwargs)
-        path.write_text(json.dumps([time.process_time() - began[0], time.perf_counter() - began[1]]))
-        return out
+@dataclass
+class Clock:
+    """CPU and wall seconds that calls of functions take."""
 
-    return wrapped
+    cpu: float = 0.0
+    wall: float = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose seconds are added up here."""
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            cpu, wall = time.process_time(), time.perf_counter()
+            out = function(*args, **kwargs)
+            self.cpu, self.wall = self.cpu + time.process_time() - cpu, self.wall + time.perf_counter() - wall
+            return out
+
+        return wrapped
 
 
-def one_generator() -> Callable[..., Any]:
-    """Stands for `seeding.generator` where draws need no key: the same generator every time."""
-    only = generator(0, "only")
-    return lambda *key: only
-
-
-def loop_seconds(root: Path, job: tuple[str, str], train: Mapping[str, Any], *, keyed: bool = True) -> tuple[float, float]:
-    """(CPU, wall) seconds of a training's loop, from its beginning; nothing is sent to a tracker."""
+def seconds_of(root: Path, job: tuple[str, str], checkpoint_every: int) -> tuple[Clock, Clock]:
+    """What a training's loop takes from its beginning, and what the making of generators takes of it. No tracker is told."""
     shutil.rmtree(root / ".unigrpo", ignore_errors=True)
-    scale = job[1].partition("-")[0]
-    change_params(root, f"scales/{scale}.yaml", train=dict(train))
+    change_params(root, f"scales/{job[1].partition('-')[0]}.yaml", train={"checkpoint_every": checkpoint_every})
 
     def inject() -> None:
         os.environ["MLFLOW_TRACKING_URI"] = tracking.JOURNAL
-        stage = importlib.import_module("unigrpo.stages.train")
-        stage.train = timed(stage.train, root / "seconds.json")  # type: ignore[attr-defined]
-        if not keyed:
-            stage.generator = one_generator()  # type: ignore[attr-defined]
+        stage, loop, draws = importlib.import_module("unigrpo.stages.train"), Clock(), Clock()
+        stage.generator = draws.around(stage.generator)  # type: ignore[attr-defined]
+        train = loop.around(stage.train)
+
+        def kept(*args: Any, **kwargs: Any) -> None:
+            train(*args, **kwargs)
+            (root / "seconds.json").write_text(json.dumps([asdict(loop), asdict(draws)]))
+
+        stage.train = kept  # type: ignore[attr-defined]
 
     if status := run(root, job, inject):
         raise RuntimeError(f"{job} ended with {status}: {said(root)[-500:]}")
-    cpu, wall = json.loads((root / "seconds.json").read_text())
-    return cpu, wall
+    loop, draws = (Clock(**values) for values in json.loads((root / "seconds.json").read_text()))
+    return loop, draws
 
 
-def ratio(what: str, pairs: int, with_: Callable[[], tuple[float, float]], without: Callable[[], tuple[float, float]]) -> Cost:
-    """Medians of the ratios of pairs, whose order changes from one to the next."""
-    found = []
-    for i in range(pairs):
-        first, second = (with_(), without()) if i % 2 else (without(), with_())[::-1]
-        found.append((first[0] / second[0], first[1] / second[1]))
-    cpu, wall = (statistics.median(values) for values in zip(*found, strict=True))
-    return Cost(what, cpu, wall, pairs)
+def ratio(what: str, with_: Sequence[Clock], without: Sequence[Clock]) -> Cost:
+    """Medians of the ratios, pair by pair."""
+    pairs = list(zip(with_, without, strict=True))
+    return Cost(what, statistics.median(one.cpu / other.cpu for one, other in pairs),
+                statistics.median(one.wall / other.wall for one, other in pairs), len(pairs))
 
 
 def prepared(folder: Path, scale: str) -> Path:
@@ -110,19 +113,20 @@ def costs(folder: Path, pairs: int, say: Callable[[str], None] = print) -> list[
     """Every ratio, said as it comes."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
-    found, began = [], time.monotonic()
+    found, began = list[Cost](), time.monotonic()
     for scale, steps in SCALES.items():
         root, job = prepared(folder / scale, scale), ("train", f"{scale}-unigrpo-0")
-        every = steps + 1  # the last step is always saved
-        count = pairs if scale == "smoke" else max(1, pairs // 3)
-        found.append(ratio(
-            f"`{scale}`: a training state after every step, instead of one at the end of {steps}", count,
-            lambda root=root, job=job: loop_seconds(root, job, {"checkpoint_every": 1}),
-            lambda root=root, job=job, every=every: loop_seconds(root, job, {"checkpoint_every": every})))
-        say(f"[costs, {time.monotonic() - began:.0f} s] {found[-1]}")
-        found.append(ratio(
-            f"`{scale}`: a generator for every draw, keyed by what it is for, instead of one for all", count,
-            lambda root=root, job=job, every=every: loop_seconds(root, job, {"checkpoint_every": every}),
-            lambda root=root, job=job, every=every: loop_seconds(root, job, {"checkpoint_every": every}, keyed=False)))
-        say(f"[costs, {time.monotonic() - began:.0f} s] {found[-1]}")
+        every, last, draws = list[Clock](), list[Clock](), list[Clock]()
+        for i in range(pairs if scale == "smoke" else max(1, pairs // 2)):
+            for save in ((1, steps) if i % 2 else (steps, 1)):  # by turns which is first
+                loop, keyed = seconds_of(root, job, save)
+                (every if save == 1 else last).append(loop)
+                if save != 1:
+                    draws.append(keyed)
+        found.append(ratio(f"`{scale}`: a training state after every step, instead of one after {steps} steps", every, last))
+        found.append(ratio(f"`{scale}`: a generator for every draw, keyed by what it is for, instead of one that is there",
+                           last, [Clock(loop.cpu - keyed.cpu, loop.wall - keyed.wall)
+                                  for loop, keyed in zip(last, draws, strict=True)]))
+        for cost in found[-2:]:
+            say(f"[costs, {time.monotonic() - began:.0f} s] {cost}")
     return found

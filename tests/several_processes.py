@@ -91,13 +91,14 @@ def one_killed(two: Undisturbed, count: int, rng: random.Random) -> Row:
     row, slowest, resumed = Row("`kill -9` of one of two processes that train, either in turn, at a random moment", 0), 0.0, 0
     while row.times < count:
         root = two.copy(TRAIN, "killed")
-        launcher = launch(root, TRAIN)
+        begun, launcher = time.monotonic(), launch(root, TRAIN)
         try:
             victim = process_of(launcher, row.times % 2)
             time.sleep(rng.random() * 0.8 * two.seconds[TRAIN])
             victim.kill()
-        except psutil.NoSuchProcess:  # it was quicker this time
+        except psutil.NoSuchProcess:
             end_of(launcher, SLACK)
+            two.was_quicker(TRAIN, begun)
             continue
         began = time.monotonic()
         status = end_of(launcher, PATIENCE + LEAVE + SLACK)
