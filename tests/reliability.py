@@ -254,9 +254,9 @@ def bad_losses(whole: Undisturbed, calls: Sequence[int]) -> list[Row]:
     return [once, ever]
 
 
-def bad_trackers(whole: Undisturbed, ways: Sequence[str]) -> Row:
+def bad_trackers(whole: Undisturbed, kind: str, ways: Sequence[str]) -> Row:
     """An MLflow server that fails during the whole training; the next stage sends what it did not take."""
-    row, slower = Row(f"MLflow {', '.join(ways)} for a whole training", len(ways)), []
+    row, slower = Row(f"MLflow {kind} for a whole training ({', '.join(dict.fromkeys(ways))})", len(ways)), list[float]()
     for way in ways:
         root = whole.copy(TRAIN, "tracker")
         with bad_server(way) as url:
@@ -368,8 +368,9 @@ def measure(folder: Path, *, seed: int = 0, number: int = 30, faults: int = 3, b
         lambda: kills(whole, number, rng), *several(whole, faults, rng), lambda: terminations(whole, 4 * faults, rng),
         lambda: full_disks(whole, (2, 6, 12, 1)[:faults + 1]), lambda: dead_rewards(whole, (2, 4, 7, 9)[:faults + 1]),
         lambda: missing_rewards(whole, (2, 4, 6)[:faults]), lambda: bad_losses(whole, (4, 6, 10)[:faults]),
-        *[lambda ways=ways: bad_trackers(whole, ways) for ways in (("refuses", "hangs up") * 2, ("hangs", "drips") * 2,
-                                                                   ("answers 500", "answers rubbish") * 2)],
+        lambda: bad_trackers(whole, "down", (("refuses", "hangs up") * 2)[:faults + 1]),
+        lambda: bad_trackers(whole, "slow", (("hangs", "drips") * 2)[:faults + 1]),
+        lambda: bad_trackers(whole, "wrong", (("answers 500", "answers rubbish") * 2)[:faults + 1]),
         lambda: damaged_states(whole, bytes_, rng), lambda: damaged_models(whole, bytes_, rng),
         *[lambda name=name: fuzzed(folder, name, inputs) for name in TARGETS]]
     for item in work:
@@ -411,6 +412,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE.md")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--faults", type=int, default=3, help="of a kind")
     parser.add_argument("--inputs", type=int, default=1500, help="malformed inputs a target")
     parser.add_argument("--pairs", type=int, default=5, help="of runs of which a ratio is the median")
     args = parser.parse_args()
@@ -420,7 +422,7 @@ def main() -> int:
             print(line, flush=True)
 
         ratios = costs(folder / "costs", args.pairs, say)
-        rows = measure(folder, seed=args.seed, number=args.kills, inputs=args.inputs, say=say)
+        rows = measure(folder, seed=args.seed, number=args.kills, faults=args.faults, inputs=args.inputs, say=say)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     text = f"{table(rows)}\n\n{cost_table(ratios)}"
