@@ -272,7 +272,7 @@ def bad_trackers(whole: Undisturbed, kind: str, ways: Sequence[str]) -> Row:
         row.check(sha256_path(root / trained) == sha256_path(whole.folder / "whole" / trained), f"{way}: other bytes")
         row.check(run(root, STAGES[6]) == 0, f"{way}: the next stage failed")
         row.lose(0, len(whole.metrics[TRAIN] - metrics(root)))
-    row.outcome = f"at most {max(slower):.0f} s more, 2 s at the end allowed; the next stage sent every metric"
+    row.outcome = f"at most {max(0.0, *slower):.0f} s more, 2 s at the end allowed; the next stage sent every metric"
     return row
 
 
