@@ -117,10 +117,12 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
         elastic_launch(config, sys.executable)("-m", "unigrpo.stages.run", stage, item)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        status = next((code for code in codes if code > 0), 1)
-        if status not in (2, 130, PREEMPTED):
-            print(f"{stage} {item}: one of {processes} processes ended with status {codes[0]}; its own words are above",
-                  file=sys.stderr, flush=True)
+        status = next((code for code in (2, 130, PREEMPTED) if code in codes), 1)  # who knew why, not who missed the others
+        if status == 1:
+            ends = " and ".join(f"{rank} was killed by signal {-code}" if code < 0 else f"{rank} ended with status {code}"
+                                for rank, code in zip(error.failures, codes, strict=True))
+            print(f"{stage} {item}: of {processes} processes, {ends}; their own words are above, and the same command goes on "
+                  "where it was", file=sys.stderr, flush=True)
         sys.exit(status)
     except SignalException as error:
         sys.exit(130 if error.sigval == signal.SIGINT else PREEMPTED)

@@ -33,6 +33,7 @@ def cloud() -> Iterator[dict[str, str]]:
            "METAFLOW_DATATOOLS_S3ROOT": f"s3://{BUCKET}/data", "METAFLOW_S3_ENDPOINT_URL": url, "AWS_ENDPOINT_URL": url,
            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": REGION,
            "AWS_EC2_METADATA_DISABLED": "true", "METAFLOW_USER": "test", "METAFLOW_S3_RETRY_COUNT": "1",
+           "METAFLOW_S3_WORKER_COUNT": "2",  # processes an upload starts; 64 by default
            "METAFLOW_ECS_S3_ACCESS_IAM_ROLE": "arn:aws:iam::123456789012:role/batch", "METAFLOW_SFN_DYNAMO_DB_TABLE": "table",
            "METAFLOW_SFN_IAM_ROLE": "arn:aws:iam::123456789012:role/sfn"}
     try:

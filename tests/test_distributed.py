@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from data_parallel import run
 from safetensors.torch import load_file
 from small import ROOT, small_config, small_prompts
 
-from unigrpo.distributed import ALONE, World, join
+from unigrpo.distributed import ALONE, Deserted, Place, World, join
 from unigrpo.schema import Config
 from unigrpo.update import own_prompts
 
@@ -107,3 +111,78 @@ def test_gradients_that_are_missing_count_as_zero_only_among_several() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     ALONE.sum_gradients([parameter])
     assert parameter.grad is None
+
+
+TWO = """
+import os, sys, time
+from unigrpo.distributed import Deserted, Place, join
+
+world = join(2, "cpu", patience=3, place=Place("train x", 5))
+world.wait()
+try:
+    if not world.main and sys.argv[1] == "hangs":
+        time.sleep(60)
+    if not world.main:
+        os._exit(0)
+    world.sum({"a": 1.0})
+except Deserted as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("other", "words"), [
+    ("hangs", r"process 0 of 2 waited [34] s for the others, and one of them hangs \(compute\.patience_minutes=0\.05 says "),
+    ("dies", r"process 0 of 2 waited \d s for the others, and one of them has ended, and has said why or was killed"),
+])
+def test_who_waits_in_vain_names_stage_and_step(other: str, words: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+           "LOCAL_WORLD_SIZE": "2"}
+    started = [subprocess.Popen([sys.executable, "-c", TWO, other], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        said, log = started[0].communicate(timeout=120)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert re.match(r"train x: step 5, adding up numbers: " + words, said), said + log[-2000:]
+    assert "nothing is saved yet, and the same command begins again" in said
+
+
+def test_what_is_said_of_others_tells_where_the_stage_goes_on(tmp_path: Path) -> None:
+    world = World(1, 2, patience=90, place=Place("train x", 5, tmp_path))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "state.json").write_text('{"step": 4}')
+    said = world.sentence("adding up gradients", 90.4, "Timed out waiting\nfor 90000ms")
+    assert said == ("train x: step 5, adding up gradients: process 1 of 2 waited 90 s for the others, and one of them hangs "
+                    "(compute.patience_minutes=1.5 says how long to wait); the same command goes on after step 4, which is "
+                    "saved (Timed out waiting for 90000ms)")
+    with pytest.raises(ValueError, match="my own"), world.waiting("adding up numbers"):
+        raise ValueError("my own")
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), world.waiting("adding up numbers"):
+        raise RuntimeError("out of memory")
+    with pytest.raises(Deserted, match="step 5, adding up numbers"), world.waiting("adding up numbers"):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+
+def test_on_a_gpu_a_timer_speaks_and_ends_the_process(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """No error comes from a collective that hangs there: its main thread waits for the device."""
+    ended = threading.Event()
+    statuses = []
+    monkeypatch.setattr(os, "_exit", lambda status: (statuses.append(status), ended.set()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: ended.wait(20))
+    world = World(0, 2, "cuda:0", patience=0.2, place=Place("train x", 7))
+    with world.waiting("adding up gradients"):
+        pass
+    assert statuses == [1]
+    assert "train x: step 7, adding up gradients: process 0 of 2 waited 0 s for the others, and one of them hangs" in \
+        capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with world.waiting("adding up gradients"):
+        pass
+    time.sleep(0.5)
+    assert statuses == [1]

@@ -20,6 +20,7 @@ from pipeline_copy import copy_environment, make_copy, run_in
 from rehearsal import kill_after_a_checkpoint, lock_of, start, without_results
 
 from unigrpo.digests import sha256_path
+from unigrpo.stages import report
 
 RAN = re.compile(r"^Running stage '([^']+)'", re.MULTILINE)
 
@@ -132,6 +133,33 @@ def test_a_mistake_in_params_stops_before_anything_runs(project):
     finally:
         path.write_text(kept)
         run_in(project, "dvc", "checkout", "--force", "train@smoke-unigrpo-0", check=False)
+
+
+def test_the_whole_graph_as_one_flow_leaves_the_same_lock(project, tmp_path):
+    """Through Metaflow, its datastore on moto's S3, and an empty folder a stage; the training is killed once on its way."""
+    folder = without_results(project, tmp_path / "copy")
+    run_in(folder, "python", "-m", "unigrpo", "experiment", "write", "--scale", "smoke", "--run", "unigrpo", "--seed", "0")
+    with cloud() as env:
+        running = start(folder, env, "python", "flows/launch.py", "experiment", "smoke")
+        kill_after_a_checkpoint(running, folder, env, "train", "smoke-unigrpo-0")
+        output, _ = running.communicate(timeout=600)
+        assert running.returncode == 0, output
+        assert "train smoke-unigrpo-0: an earlier attempt's progress came from the datastore" in output
+        assert "train smoke-unigrpo-0: going on from" in output
+        run = re.search(r"transfer.py fetch smoke (ExperimentFlow/\d+)", output)[1]
+        fetched = start(folder, env, "python", "flows/transfer.py", "fetch", "smoke", run)
+        assert fetched.wait(120) == 0, fetched.communicate()[0]
+    run_in(folder, "dvc", "commit", "--force")
+    here, there = lock_of(project), lock_of(folder)
+    alone = "experiments@smoke"  # the report of this one training, which the project's own lists beside another
+    assert set(there) == {alone, "curate@smoke", "base@smoke", "sft@smoke", "train@smoke-unigrpo-0", "evaluate@smoke-base",
+                          "evaluate@smoke-sft", "evaluate@smoke-unigrpo-0", "report@smoke-main"}
+    assert {**there, alone: None} == {name: None if name == alone else here[name] for name in there}
+    made = folder / "artifacts" / "smoke" / "experiments"
+    digest = sha256_path(made)
+    shutil.rmtree(made)
+    report.run("smoke", which="experiments", root=folder)
+    assert sha256_path(made) == digest
 
 
 @pytest.mark.slow

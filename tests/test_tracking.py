@@ -18,7 +18,7 @@ from bad_servers import WAYS, bad_server
 from filelock import FileLock
 
 from unigrpo import tracking
-from unigrpo.journal import Journal
+from unigrpo.journal import Journal, open_client, prepare_store, replaced
 from unigrpo.tracking import track
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,3 +253,24 @@ def test_a_killed_stage_leaves_no_courier_behind(tmp_path):
         assert time.monotonic() < deadline, "the courier outlived its stage"
         time.sleep(0.05)
     assert rows(tmp_path, "select status from runs") == [("RUNNING",)]
+
+
+def test_a_database_that_was_half_made_is_made_again(tmp_path, monkeypatch):
+    """A kill between MLflow's migrations: what it has left would never become a database."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    path = tmp_path / "mlflow.db"
+
+    def half_made() -> None:
+        with replaced(path) as fresh:
+            with contextlib.closing(sqlite3.connect(fresh)) as half:
+                half.execute("create table scorers (x integer)")
+                half.commit()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half_made()
+    assert not path.exists()
+    open_client(tmp_path).create_experiment("kept")
+    prepare_store(tmp_path)
+    assert open_client(tmp_path).get_experiment_by_name("kept") is not None
+    assert [found.name for found in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]

@@ -6,10 +6,16 @@ rounding alone. All weights are on every process, and gradients are added up bef
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +24,32 @@ from torch import Tensor
 
 T = TypeVar("T")
 BUCKET = 64 * 1024 * 1024  # gradient elements that are added up at a time, which bounds the memory of their copy
-PATIENCE = timedelta(minutes=30)  # that a process waits for the others; a judge's answer may take long
+
+
+class Deserted(RuntimeError):
+    """Another process of the stage hangs or has died. The message is a sentence for the user."""
+
+
+@dataclass
+class Place:
+    """Where a process is in its stage, for what it says when the others do not answer.
+
+    Attributes: name: the stage and its item. step: the one it works on, from 0; None outside of steps. folder: where the
+        stage's training states lie.
+    """
+
+    name: str = "a stage"
+    step: int | None = None
+    folder: Path | None = None
+
+    def saved(self) -> str:
+        """From where the stage goes on."""
+        try:
+            assert self.folder is not None
+            step = json.loads((self.folder / "state" / "state.json").read_text(encoding="utf-8"))["step"]
+            return f"the same command goes on after step {step}, which is saved"
+        except (AssertionError, OSError, ValueError, KeyError, TypeError):
+            return "nothing is saved yet, and the same command begins again"
 
 
 @dataclass(frozen=True)
@@ -26,12 +57,16 @@ class World:
     """A process among the processes of its stage.
 
     Args:
-        rank: in [0, size). size: how many there are. device: where values travel.
+        rank: in [0, size). size: how many there are. device: where values travel. patience: seconds it waits for the others.
+        place: where it is in its stage.
+    Raises: Deserted, from everything that waits for the others, where they do not come.
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    patience: float = 1800.0
+    place: Place = field(default_factory=Place, compare=False)
 
     @property
     def main(self) -> bool:
@@ -60,7 +95,8 @@ class World:
         if self.size == 1:
             return rows
         parts = [torch.empty_like(rows, device=self.device) for _ in range(self.size)]
-        dist.all_gather(parts, rows.to(self.device).contiguous())
+        with self.waiting("gathering rows"):
+            dist.all_gather(parts, rows.to(self.device).contiguous())
         return torch.cat(parts).to(rows.device)
 
     def on_shares(self, work: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
@@ -76,7 +112,8 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        with self.waiting("gathering what each has made"):
+            dist.all_gather_object(found, value)
         return found
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -84,28 +121,69 @@ class World:
         if self.size == 1:
             return
         bucket: list[Tensor] = []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            full = sum(g.numel() for g in bucket) + parameter.numel() > BUCKET
-            if bucket and (full or bucket[0].dtype != parameter.grad.dtype):
+        with self.waiting("adding up gradients"):
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                full = sum(g.numel() for g in bucket) + parameter.numel() > BUCKET
+                if bucket and (full or bucket[0].dtype != parameter.grad.dtype):
+                    _sum_bucket(bucket)
+                    bucket = []
+                bucket.append(parameter.grad)
+            if bucket:
                 _sum_bucket(bucket)
-                bucket = []
-            bucket.append(parameter.grad)
-        if bucket:
-            _sum_bucket(bucket)
 
     def wait(self) -> None:
         """Until every process is here."""
         if self.size > 1:
-            dist.barrier()
+            with self.waiting("meeting the others"):
+                dist.barrier()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Inside, others are waited for: what fails for their sake raises Deserted.
+
+        A GPU's collective gives no error that could be caught, NCCL's watchdog ends the process without a word about the
+        stage: there a timer speaks and ends it first.
+        """
+        began = time.monotonic()
+        timer = threading.Timer(self.patience, self.give_up, [what]) if self.device.startswith("cuda") else None
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
+        try:
+            yield
+            if timer is not None:  # what was started is not done before this
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            if not of_others(error):
+                raise
+            raise Deserted(self.sentence(what, time.monotonic() - began, str(error))) from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def give_up(self, what: str) -> None:
+        """Say that the others do not come, and end this process: its main thread cannot be woken."""
+        print(self.sentence(what, self.patience, "a timeout"), file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def sentence(self, what: str, seconds: float, cause: str) -> str:
+        """What a process says of others that do not answer, with the library's own reason in brackets."""
+        gone = any(word in cause for word in ("closed by peer", "reset by peer", "Broken pipe", "refused"))
+        where = "" if self.place.step is None else f"step {self.place.step}, "
+        advice = "one of them has ended, and has said why or was killed" if gone else (
+            f"one of them hangs (compute.patience_minutes={self.patience / 60:g} says how long to wait)")
+        return (f"{self.place.name}: {where}{what}: process {self.rank} of {self.size} waited {seconds:.0f} s for the others, "
+                f"and {advice}; {self.place.saved()} ({' '.join(cause.split())[:160]})")
 
     def _reduce(self, values: Mapping[str, float], how: Any) -> dict[str, float]:
         if self.size == 1:
             return dict(values)
         names = sorted(values)
         flat = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self.device)
-        dist.all_reduce(flat, op=how)
+        with self.waiting("adding up numbers"):
+            dist.all_reduce(flat, op=how)
         return dict(zip(names, flat.tolist(), strict=True))
 
 
@@ -120,12 +198,19 @@ def _sum_bucket(gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def join(processes: int, device: str, *, key: str = "compute.processes") -> World:
+def of_others(error: BaseException) -> bool:
+    """Whether an error comes of other processes: gloo's have no type of their own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def join(processes: int, device: str, *, key: str = "compute.processes", patience: float = World.patience,
+         place: Place | None = None) -> World:
     """This process's place among those that torch.distributed.run started, or alone.
 
     Args:
-        processes: what params ask for, under `key`. device: compute.device.
-    Raises: ValueError where another number was started.
+        processes: what params ask for, under `key`. device: compute.device. patience: seconds to wait for the others.
+        place: where the process is in its stage.
+    Raises: ValueError where another number was started; Deserted where the others do not come.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != processes:
@@ -135,8 +220,17 @@ def join(processes: int, device: str, *, key: str = "compute.processes") -> Worl
         return ALONE
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
-    return World(state.process_index, state.num_processes, str(state.device))
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    waits, place = timedelta(seconds=patience if cpu else 1.2 * patience), place or Place()  # on GPUs our timer comes first
+    began = time.monotonic()
+    try:
+        state = PartialState(cpu=cpu, timeout=waits)
+    except RuntimeError as error:
+        if not of_others(error):
+            raise
+        alone = World(int(os.environ.get("RANK", "0")), started, patience=patience, place=place)
+        raise Deserted(alone.sentence("before the first step", time.monotonic() - began, str(error))) from error
+    return World(state.process_index, state.num_processes, str(state.device), patience, place)
 
 
 def leave() -> None:

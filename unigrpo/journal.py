@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from unigrpo.links import note
 from unigrpo.resume import STATE, home
+from unigrpo.sealed import sync
 
 PATIENCE = 600.0       # seconds that the end of a stage waits for others who are writing to the same file
 BATCH = 1000           # metrics a request; MLflow's limit
@@ -68,9 +70,31 @@ def open_client(root: Path) -> Any:
 
     (root / STATE).mkdir(parents=True, exist_ok=True)
     with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
+        path = database(root)
+        if path is not None and not path.exists():
+            with replaced(path) as fresh:
+                MlflowClient(tracking_uri=f"sqlite:///{fresh}").search_experiments(max_results=1)  # creates the tables
         client = MlflowClient(tracking_uri=store_uri(root))
-        client.search_experiments(max_results=1)  # creates the tables
+        client.search_experiments(max_results=1)
     return client
+
+
+def database(root: Path) -> Path | None:
+    """The file of a store that is one."""
+    uri = store_uri(root)
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write a database to, which takes its name in one step when the block ends well. MLflow's migrations are many
+    transactions, and none gets over what a kill in the middle of them has left."""
+    fresh = path.with_name(f"{path.name}.new")
+    for left in path.parent.glob(f"{fresh.name}*"):
+        left.unlink()
+    yield fresh
+    sync(fresh)
+    fresh.replace(path)
 
 
 def experiment_id(client: Any, root: Path, name: str) -> str:
@@ -268,11 +292,13 @@ def journal_key(stage: str, name: str, folder: Path | None) -> str:
 def prepare_store(root: Path) -> None:
     """Make the project's database, or bring one of an earlier MLflow to the installed version, before stages share it, and
     send it what stages could not."""
-    uri = store_uri(root)
-    path = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and path.is_file():
-        with FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE):
-            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", uri], check=True, capture_output=True)
+    path = database(root)
+    if path is not None and path.is_file():
+        with turn(root, PATIENCE), FileLock(root / STATE / "mlflow.lock", timeout=PATIENCE), replaced(path) as fresh:
+            with closing(sqlite3.connect(path)) as old, closing(sqlite3.connect(fresh)) as new:
+                old.backup(new)
+            subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{fresh}"], check=True,
+                           capture_output=True)
     client = open_client(root)
     with turn(root, PATIENCE):
         send_pending(root, client)

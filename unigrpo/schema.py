@@ -179,6 +179,7 @@ class ComputeConfig(Section):
     processes: Positive
     instructions: Literal["native", "avx2"]
     slots: Positive
+    patience_minutes: float = Field(gt=0)
     device: Literal["cpu", "cuda", "auto"]
     resources: GpuConfig
     remote: RemoteConfig

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m unigrpo.stages.run train tiny-unigrpo-0
 
-A user's mistake ends as one line and status 2, Ctrl-C as status 130. UNIGRPO_PROVENANCE in the environment is a JSON object of
-what the launcher knows.
+A user's mistake ends as one line and status 2, Ctrl-C as status 130, another process that hangs or has died as one line that
+names the step and status 1. UNIGRPO_PROVENANCE in the environment is a JSON object of what the launcher knows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
         return 2
     if sys.platform == "linux":  # a killed agent leaves no trainer behind; 1 = PR_SET_PDEATHSIG
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+    from unigrpo.distributed import Deserted
     from unigrpo.stages import run_stage
     from unigrpo.tracking import start_courier
 
@@ -38,6 +39,11 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"{' '.join(arguments)}: {error}\n(UNIGRPO_TRACEBACK=1 shows where)", file=sys.stderr, flush=True)
         return 2
+    except Deserted as error:
+        if os.environ.get("UNIGRPO_TRACEBACK"):
+            raise
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # gloo's threads would wait for the others once more
     except KeyboardInterrupt:
         return 130
     return 0

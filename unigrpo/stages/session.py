@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from unigrpo.config import Config, load_config
-from unigrpo.distributed import ALONE, World, join, leave
+from unigrpo.distributed import ALONE, Deserted, Place, World, join, leave, of_others
 from unigrpo.evaluation.outcomes import significant, write_metrics
 from unigrpo.preemption import PREEMPTED, Notice, Preempted, notice_of_sigterm
 from unigrpo.progress import Progress
@@ -60,6 +60,7 @@ class Session:
             stepwise: from now on the stage looks at `asked_to_leave` after every step, and SIGTERM waits for that.
         """
         self.notice.stepwise = stepwise
+        self.world.place.step = start if stepwise else None
         if self.world.main:
             self.progress = Progress(f"{self.name} {what}".strip(), total, start=start, unit=unit)
 
@@ -72,8 +73,10 @@ class Session:
             self.progress.step(step + 1, **shown)
 
     def asked_to_leave(self) -> bool:
-        """Whether SIGTERM has asked for the stage's end, in any of its processes."""
-        return self.world.max({"given": float(self.notice.given)})["given"] > 0
+        """Whether SIGTERM has asked for the stage's end, in any of its processes. Asked after every step, once."""
+        given = self.world.max({"given": float(self.notice.given)})["given"] > 0
+        self.world.place.step = (self.world.place.step or 0) + 1
+        return given
 
     def leave(self, steps: int) -> None:
         """End the process with status 75; the state after `steps` steps must be saved."""
@@ -142,20 +145,34 @@ def session(stage: str, name: str, *, scale: str, output: str, inputs: Sequence[
 
     Args:
         stage, name: as in dvc.yaml. output: the folder written into, inputs: what is read, relative to `root`.
-    Raises: ValueError on bad params, a missing input or an output folder that cannot be written.
+    Raises: ValueError on bad params, a missing input or an output folder that cannot be written; Deserted where another
+        process of the stage hangs or has died.
     """
     config = load_config(scale, run=run, seed=seed or 0, root=root)
     torch.set_num_threads(config.compute.threads)
-    world = join(config.processes(stage), config.compute.device, key=config.processes_key(stage)) if stage in SHARED else ALONE
+    world = join(config.processes(stage), config.compute.device, key=config.processes_key(stage),
+                 patience=60 * config.compute.patience_minutes, place=Place(f"{stage} {name}")) if stage in SHARED else ALONE
     folder, values = writable(root / output) if world.main else root / output, config.model_dump(mode="json")
     with notice_of_sigterm() as notice, together(world), held(world, root, stage, name, values, inputs) as resume, \
-            told(world, stage, name, values, provenance, root, resume) as tracker:
+            told(world, stage, name, values, provenance, root, resume) as tracker, answered(world, resume):
         try:
             yield Session(config, folder, resume, tracker, f"{stage} {name}", world=world, notice=notice)
         except KeyboardInterrupt:
             if world.main:
                 print(f"{stage} {name}: interrupted; the same command goes on where it was", file=sys.stderr, flush=True)
             raise
+
+
+@contextmanager
+def answered(world: World, resume: Path) -> Iterator[None]:
+    """Inside, what fails because another process hangs or has died raises Deserted, whoever waited for it."""
+    world.place.folder = resume
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, Deserted) or not of_others(error):
+            raise
+        raise Deserted(world.sentence("computing together", 0.0, str(error))) from error
 
 
 @contextmanager
