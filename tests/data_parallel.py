@@ -1,4 +1,5 @@
-"""A few steps of RL and of supervised training, by one process or by several: `data_parallel.py FOLDER MICRO_BATCH`.
+"""A few steps of RL and of supervised training, by one process or by several, on every process whole weights or its rows:
+`data_parallel.py FOLDER MICRO_BATCH [sharded] [SETTINGS]`, the settings as JSON: sections of the config.
 
 The main process writes what all of them sampled, the first gradients and the last weights.
 """
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from small import small_config, small_policy, small_prompts
 
-from unigrpo.distributed import World, join, leave
+from unigrpo.distributed import World, is_sharded, join, leave
+from unigrpo.rollout import BagelPolicy
 from unigrpo.schema import Config
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, collate, supervised_optimizers, train_supervised
@@ -28,8 +30,14 @@ from unigrpo.worlds.shapes import caption_text, random_scene, render
 STEPS = 5
 
 
-def steps_config(micro_batch: int) -> Config:
-    """Four prompts of four siblings in two updates."""
+def steps_config(micro_batch: int, **changes) -> Config:
+    """Four prompts of four siblings in two updates, with changes to single sections."""
+    config = whole_config(micro_batch)
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()})
+
+
+def whole_config(micro_batch: int) -> Config:
+    """See `steps_config`."""
     return small_config(rollout={"max_thinking_tokens": 8, "prompts_per_step": 4, "group_size": 4},
                         train={"num_steps": STEPS, "micro_batch": micro_batch, "monitor_every": 2, "updates_per_rollout": 2},
                         optim={"understanding_lr": 5e-4, "generation_lr": 4e-4, "warmup": 0, "eps": 1e-5},
@@ -44,20 +52,39 @@ def brightness(rollouts: Rollouts) -> list[Reward]:
     return [Reward("shapes_graded", torch.where(torch.tensor(missing), float("nan"), value))]
 
 
-def reinforce(world: World, micro_batch: int) -> tuple[dict[str, torch.Tensor], list, list[dict[str, float]]]:
-    """RL: first gradients and last weights, what was sampled, and the metrics of every step."""
-    config, prompts = steps_config(micro_batch), small_prompts(12)
+def policy_of(config: Config, world: World, sharded: bool) -> BagelPolicy:
+    """The small policy in RL's precision, its weights whole or this process's rows."""
     policy = small_policy(config)
+    rounding = torch.bfloat16 if config.train.precision == "bf16" else None
+    if sharded:
+        from unigrpo.sharding import ShardedPolicy
+
+        return ShardedPolicy(policy, world, rounding=rounding)
+    policy.model.to(rounding)
+    return policy
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All rows of a tensor."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor.clone()
+
+
+def reinforce(world: World, config: Config, sharded: bool) -> tuple[dict[str, torch.Tensor], list, list[dict[str, float]]]:
+    """RL: first gradients and last weights, what was sampled, and the metrics of every step."""
+    prompts, policy = small_prompts(12), policy_of(config, world, sharded)
     experts = trainable_experts(policy.model, config.train.experts)
     policy.freeze_reference([name for parameters in experts.values() for name in parameters])
-    optimizer, names = rl_optimizer(experts, config.optim), {p: n for n, p in policy.model.named_parameters()}
+    optimizer = rl_optimizer(experts, config.optim)
+    if config.train.activation_checkpointing:
+        policy.model.activation_checkpointing_enable()
     found: dict[str, torch.Tensor] = {}
     sampled, rows = [], []
 
     def keep_first(optimizer, *_):
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                found.setdefault(f"gradient/{names[parameter]}", parameter.grad.clone())
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                if f"gradient/{name}" not in found:
+                    found[f"gradient/{name}"] = whole(parameter.grad)
 
     def log(step: int, metrics: dict[str, float], rollouts: Rollouts, rewards: list[Reward]) -> None:
         rows.append(metrics)
@@ -68,14 +95,14 @@ def reinforce(world: World, micro_batch: int) -> tuple[dict[str, torch.Tensor], 
     optimizer.register_step_pre_hook(keep_first)
     train(policy, optimizer, lambda step: [prompts[(4 * step + i) % 12] for i in range(4)], brightness, config,
           draw=partial(generator, 0), log=log, save=lambda step: None, world=world)
-    found |= {f"weight/{name}": p.detach() for name, p in policy.model.named_parameters() if p.requires_grad}
+    policy.settle()
+    found |= {f"weight/{name}": whole(p.detach()) for name, p in policy.model.named_parameters() if p.requires_grad}
     return found, sorted(row for part in world.gather(sampled) for row in part), rows
 
 
-def supervise(world: World, micro_batch: int) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def supervise(world: World, config: Config, sharded: bool) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Supervised training: the last weights and the metrics of every step."""
-    config = steps_config(micro_batch)
-    policy, rows = small_policy(config), []
+    policy, rows = policy_of(config.model_copy(update={"train": small_config().train}), world, sharded), []
 
     def batch(step: int):
         rng = np.random.default_rng(step)
@@ -85,15 +112,16 @@ def supervise(world: World, micro_batch: int) -> tuple[dict[str, torch.Tensor], 
 
     train_supervised(policy, supervised_optimizers(policy.model, config.sft, world), batch, config.sft,
                      log=lambda step, metrics: rows.append(metrics), save=lambda step: None, world=world)
-    return {f"supervised/{name}": p.detach() for name, p in policy.model.named_parameters()}, rows
+    policy.settle()
+    return {f"supervised/{name}": whole(p.detach()) for name, p in policy.model.named_parameters()}, rows
 
 
-def run(folder: Path, micro_batch: int, processes: int) -> None:
+def run(folder: Path, micro_batch: int, processes: int, sharded: bool = False, **changes) -> None:
     """Everything, into a folder."""
     torch.set_num_threads(1)
-    world = join(processes, "cpu")
-    tensors, sampled, rows = reinforce(world, micro_batch)
-    more, supervised_rows = supervise(world, micro_batch)
+    world, config = join(processes, "cpu"), steps_config(micro_batch, **changes)
+    tensors, sampled, rows = reinforce(world, config, sharded)
+    more, supervised_rows = supervise(world, config, sharded)
     digests = world.gather(float(sum(t.double().abs().sum() for t in (tensors | more).values())))
     assert len(set(digests)) == 1, "the processes hold different weights"
     if world.main:
@@ -104,4 +132,6 @@ def run(folder: Path, micro_batch: int, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]), int(os.environ.get("WORLD_SIZE", "1")))
+    asked = sys.argv[3:]
+    settings = json.loads(asked[-1]) if asked and asked[-1] != "sharded" else {}
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(os.environ.get("WORLD_SIZE", "1")), "sharded" in asked, **settings)
