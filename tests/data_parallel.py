@@ -1,7 +1,7 @@
-"""A few steps of RL and of supervised training, by one process or by several, on every process whole weights or its rows:
-`data_parallel.py FOLDER MICRO_BATCH [sharded] [SETTINGS]`, the settings as JSON: sections of the config.
+"""A few steps of RL and of supervised training, by one process or by several: `data_parallel.py FOLDER MICRO_BATCH [ALONE]`.
 
-The main process writes what all of them sampled, the first gradients and the last weights.
+The main process writes what all of them sampled, the first gradients and the last weights. With ALONE, the folder of one
+process's run, weights are spread over the processes, and whatever else is to be shown of that is done too: `spread_out`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,33 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from small import small_config, small_policy, small_prompts
+from small import draw, small_config, small_policy, small_prompts
 
+from unigrpo.checkpoint import load_training_state, weights_digest
+from unigrpo.config import merge
 from unigrpo.distributed import World, is_sharded, join, leave
 from unigrpo.rollout import BagelPolicy
 from unigrpo.schema import Config
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, collate, supervised_optimizers, train_supervised
+from unigrpo.stages.loading import DTYPES, restore_progress, save_progress, spread
 from unigrpo.train import train
 from unigrpo.types import Reward, Rollouts
 from unigrpo.update import rl_optimizer, trainable_experts
 from unigrpo.worlds.shapes import caption_text, random_scene, render
 
-STEPS = 5
+STEPS, KEPT = 5, 2  # of a run, and those after which its training state is kept
 
 
 def steps_config(micro_batch: int, **changes) -> Config:
-    """Four prompts of four siblings in two updates, with changes to single sections."""
-    config = whole_config(micro_batch)
-    return config.model_copy(update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()})
-
-
-def whole_config(micro_batch: int) -> Config:
-    """See `steps_config`."""
-    return small_config(rollout={"max_thinking_tokens": 8, "prompts_per_step": 4, "group_size": 4},
-                        train={"num_steps": STEPS, "micro_batch": micro_batch, "monitor_every": 2, "updates_per_rollout": 2},
-                        optim={"understanding_lr": 5e-4, "generation_lr": 4e-4, "warmup": 0, "eps": 1e-5},
-                        credit={"std": "batch"}, reward={"max_missing": 1.0},
-                        sft={"steps": STEPS, "texts_per_step": 8, "micro_batch": micro_batch})
+    """Four prompts of four siblings in two updates; sections may be changed."""
+    config = small_config(
+        rollout={"max_thinking_tokens": 8, "prompts_per_step": 4, "group_size": 4},
+        train={"num_steps": STEPS, "micro_batch": micro_batch, "monitor_every": 2, "updates_per_rollout": 2},
+        optim={"understanding_lr": 5e-4, "generation_lr": 4e-4, "warmup": 0, "eps": 1e-5},
+        credit={"std": "batch"}, reward={"max_missing": 1.0},
+        sft={"steps": STEPS, "texts_per_step": 8, "micro_batch": micro_batch})
+    return Config(**merge(config.model_dump(), changes, {}, Path()))
 
 
 def brightness(rollouts: Rollouts) -> list[Reward]:
@@ -53,28 +52,36 @@ def brightness(rollouts: Rollouts) -> list[Reward]:
 
 
 def policy_of(config: Config, world: World, sharded: bool) -> BagelPolicy:
-    """The small policy in RL's precision, its weights whole or this process's rows."""
+    """The small policy in RL's precision, its weights whole or this process's rows of them."""
+    dtype = DTYPES[config.train.precision]
     policy = small_policy(config)
-    rounding = torch.bfloat16 if config.train.precision == "bf16" else None
     if sharded:
-        from unigrpo.sharding import ShardedPolicy
-
-        return ShardedPolicy(policy, world, rounding=rounding)
-    policy.model.to(rounding)
+        return spread(policy, world, None if dtype == torch.float32 else dtype)
+    policy.model.to(dtype)
     return policy
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All rows of a tensor."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor.clone()
+def whole(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """All rows of a tensor, of numbers that `dtype` holds."""
+    return (tensor.full_tensor() if is_sharded(tensor) else tensor.clone()).to(dtype)
 
 
-def reinforce(world: World, config: Config, sharded: bool) -> tuple[dict[str, torch.Tensor], list, list[dict[str, float]]]:
-    """RL: first gradients and last weights, what was sampled, and the metrics of every step."""
+def reinforce(world: World, config: Config, *, sharded: bool = False, keep: Path | None = None,
+              begin: Path | None = None) -> tuple[dict[str, torch.Tensor], list, list[dict[str, float]]]:
+    """RL: first gradients and last weights, what was sampled, and the metrics of every step.
+
+    Args:
+        keep: where the training state after KEPT steps goes. begin: a folder with one to go on from.
+    """
     prompts, policy = small_prompts(12), policy_of(config, world, sharded)
     experts = trainable_experts(policy.model, config.train.experts)
     policy.freeze_reference([name for parameters in experts.values() for name in parameters])
-    optimizer = rl_optimizer(experts, config.optim)
+    optimizer, start = rl_optimizer(experts, config.optim), 0
+    if begin is not None:
+        state, tensors = load_training_state(begin)
+        restore_progress(policy, [optimizer], tensors)
+        start = state["step"]
+        assert weights_digest(tensors["extra"]) == state["reference"]
     if config.train.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
     found: dict[str, torch.Tensor] = {}
@@ -92,17 +99,22 @@ def reinforce(world: World, config: Config, sharded: bool) -> tuple[dict[str, to
         sampled.extend([step, record.id, i % rollouts.group_size, text.tokens[i, :text.lengths[i]].tolist(), image[i]]
                        for i, record in enumerate(rollouts.prompts))
 
+    def save(step: int) -> None:
+        if keep is not None and step + 1 == KEPT:
+            save_progress(keep, step + 1, policy, [optimizer], lambda extra: {"reference": weights_digest(extra)}, world)
+
     optimizer.register_step_pre_hook(keep_first)
     train(policy, optimizer, lambda step: [prompts[(4 * step + i) % 12] for i in range(4)], brightness, config,
-          draw=partial(generator, 0), log=log, save=lambda step: None, world=world)
+          draw=partial(generator, 0), log=log, save=save, start_step=start, world=world)
     policy.settle()
-    found |= {f"weight/{name}": whole(p.detach()) for name, p in policy.model.named_parameters() if p.requires_grad}
+    found |= {f"weight/{name}": whole(p.detach(), DTYPES[config.train.precision])
+              for name, p in policy.model.named_parameters() if p.requires_grad}
     return found, sorted(row for part in world.gather(sampled) for row in part), rows
 
 
-def supervise(world: World, config: Config, sharded: bool) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+def supervise(world: World, config: Config, *, sharded: bool = False) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Supervised training: the last weights and the metrics of every step."""
-    policy, rows = policy_of(config.model_copy(update={"train": small_config().train}), world, sharded), []
+    policy, rows = policy_of(small_config(), world, sharded), []
 
     def batch(step: int):
         rng = np.random.default_rng(step)
@@ -116,22 +128,65 @@ def supervise(world: World, config: Config, sharded: bool) -> tuple[dict[str, to
     return {f"supervised/{name}": whole(p.detach()) for name, p in policy.model.named_parameters()}, rows
 
 
-def run(folder: Path, micro_batch: int, processes: int, sharded: bool = False, **changes) -> None:
-    """Everything, into a folder."""
-    torch.set_num_threads(1)
-    world, config = join(processes, "cpu"), steps_config(micro_batch, **changes)
-    tensors, sampled, rows = reinforce(world, config, sharded)
-    more, supervised_rows = supervise(world, config, sharded)
-    digests = world.gather(float(sum(t.double().abs().sum() for t in (tensors | more).values())))
+def write(folder: Path, world: World, tensors: dict[str, torch.Tensor], rows: dict[str, list]) -> None:
+    """One run's results, the same in all processes."""
+    digests = world.gather(float(sum(t.double().abs().sum() for t in tensors.values())))
     assert len(set(digests)) == 1, "the processes hold different weights"
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in (tensors | more).items()}, folder / "tensors.safetensors")
-        (folder / "rows.json").write_text(json.dumps({"sampled": sampled, "rl": rows, "supervised": supervised_rows}))
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "tensors.safetensors")
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def run(folder: Path, config: Config, world: World, **options) -> None:
+    """RL and supervised training, into a folder. options: of `reinforce`."""
+    tensors, sampled, rows = reinforce(world, config, **options)
+    more, supervised_rows = supervise(world, config, sharded=options.get("sharded", False))
+    write(folder, world, tensors | more, {"sampled": sampled, "rl": rows, "supervised": supervised_rows})
+
+
+def uneven(world: World, config: Config) -> dict[str, torch.Tensor]:
+    """Every process samples, replays and checks its own rollouts, whose thinkings are 1 token long in the first and up to 60 in
+    the second, as they are with whole weights."""
+    limit = (1, 60)[world.rank]
+    sampling = config.rollout.model_copy(update={"max_thinking_tokens": limit})
+    found = []
+    for sharded in (True, False):
+        policy = policy_of(config, world, sharded)
+        trainable_experts(policy.model, config.train.experts)
+        rollouts = policy.generate(small_prompts(2 + world.rank), group_size=2, sampling=sampling, generators=draw)
+        replay = policy.replay(rollouts)
+        (replay.text_log_probs.sum() + replay.velocities.square().sum()).backward()
+        found.append((rollouts.text.tokens, rollouts.image.final_latents, replay.text_log_probs.detach()))
+    assert found[0][0].shape[1] == found[1][0].shape[1] <= limit
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    return {"lengths": world.gather_rows(torch.tensor([float(found[0][0].shape[1])]))}
+
+
+def spread_out(folder: Path, micro_batch: int, world: World, alone: Path) -> None:
+    """All that sharded weights are to do: train, in bfloat16 too, go on from one process's state, sample at any length."""
+    config = steps_config(micro_batch, sft={"optimizer": "adamw"}, train={"activation_checkpointing": True})
+    run(folder, config, world, sharded=True, keep=folder / "resume")
+    resumed, sampled, rows = reinforce(world, config, sharded=True, begin=alone / "resume")
+    write(folder / "resumed", world, resumed, {"sampled": sampled, "rl": rows})
+    half = steps_config(micro_batch, train={"precision": "bf16", "num_steps": 2, "max_mismatch": {"text": 1.0, "image": 1e9}})
+    for name, sharded in (("half", True), ("half_replicated", False)):
+        tensors, sampled, rows = reinforce(world, half, sharded=sharded, keep=folder / name / "resume")
+        write(folder / name, world, tensors, {"sampled": sampled, "rl": rows})
+    write(folder / "uneven", world, uneven(world, config), {})
+
+
+def main(folder: Path, micro_batch: int, alone: Path | None) -> None:
+    """What this process does."""
+    torch.set_num_threads(1)
+    world = join(int(os.environ["WORLD_SIZE"]), "cpu")
+    if alone is None:
+        run(folder, steps_config(micro_batch), world)
+    else:
+        spread_out(folder, micro_batch, world, alone)
     leave()
 
 
 if __name__ == "__main__":
-    asked = sys.argv[3:]
-    settings = json.loads(asked[-1]) if asked and asked[-1] != "sharded" else {}
-    run(Path(sys.argv[1]), int(sys.argv[2]), int(os.environ.get("WORLD_SIZE", "1")), "sharded" in asked, **settings)
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]) if sys.argv[3:] else None)

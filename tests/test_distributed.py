@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_parallel import run
+from data_parallel import run, steps_config
 from safetensors.torch import load_file
 from small import ROOT, small_config, small_prompts
 
@@ -31,7 +31,7 @@ def launch(processes: int, *arguments: str) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, 8, 1)
+    run(folder, steps_config(8), ALONE)
     return folder
 
 
@@ -61,7 +61,7 @@ def test_two_processes_are_one(alone: Path, tmp_path: Path) -> None:
 
 
 def test_micro_batches_are_one_batch(alone: Path, tmp_path: Path) -> None:
-    run(tmp_path / "micro", 4, 1)
+    run(tmp_path / "micro", steps_config(4), ALONE)
     compare(alone, tmp_path / "micro")
 
 
