@@ -19,13 +19,14 @@ from unigrpo.schema import Config
 from unigrpo.update import own_prompts
 
 
-def launch(processes: int, *arguments: str) -> None:
-    """The script under torch.distributed.run."""
+def launch(processes: int, *arguments: str, script: str = "data_parallel.py", root: Path = ROOT, ends_well: bool = True) -> str:
+    """A script of this folder under torch.distributed.run, in `root`. Returns what it said."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
-                           "--nproc-per-node", str(processes), str(ROOT / "tests" / "data_parallel.py"), *arguments],
-                          env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+                           "--nproc-per-node", str(processes), str(ROOT / "tests" / script), *arguments],
+                          env=env, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode == 0) == ends_well, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")

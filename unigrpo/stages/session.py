@@ -99,8 +99,9 @@ class Session:
         self.curves, self.gallery = list(state["curves"]), list(state["gallery"])
         before = state.get("layout", self.layout)
         if before != self.layout and self.world.main:
-            print(f"{self.name}: the state was written with {describe_layout(before)} and goes on with "
-                  f"{describe_layout(self.layout)}; the numbers differ by rounding from either alone", file=sys.stderr, flush=True)
+            print(f"{self.name}: the state was written with {describe_layout(before)}, and the run goes on with "
+                  f"{describe_layout(self.layout)}; its numbers differ by rounding from either's alone", file=sys.stderr,
+                  flush=True)
             self.tracker.set_tags({"resumed.layout": f"{describe_layout(before)} -> {describe_layout(self.layout)}"})
         for row in self.gallery:
             path = self.folder / "gallery" / row["image"]
