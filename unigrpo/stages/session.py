@@ -237,3 +237,15 @@ def tail_mean(curves: Sequence[Mapping[str, float]], name: str, rows: int) -> fl
     """Mean of a curve over its last rows."""
     values = [row[name] for row in curves[-rows:] if name in row]
     return sum(values) / len(values) if values else 0.0
+
+
+def last_tenth(curves: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Means over the last tenth of a run. What is measured in few steps only, and in none of these, is the mean over the last
+    tenth of those that measured it; what no step measured is left out."""
+    found = {}
+    for name in names:
+        measured = [row for row in curves if name in row]
+        of = curves if any(name in row for row in curves[-max(1, len(curves) // 10):]) else measured
+        if measured:
+            found[name] = tail_mean(of, name, max(1, len(of) // 10))
+    return found

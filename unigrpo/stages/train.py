@@ -24,7 +24,7 @@ from unigrpo.rewards import RewardFunction
 from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator, shuffled_index
 from unigrpo.stages.loading import DTYPES, is_spread, load_policy, restore_progress, save_policy, save_progress, spread
-from unigrpo.stages.session import Session, session, tail_mean
+from unigrpo.stages.session import Session, last_tenth, session
 from unigrpo.stages.watch import Lookout, good_folder, keep_good, look, reward_functions, since_last_probe, watch
 from unigrpo.train import refuse_missing, train
 from unigrpo.types import PromptRecord, Reward, Rollouts
@@ -200,13 +200,13 @@ def add_pictures(stage: Session, policy: BagelPolicy, reward: Reward, step: int,
 
 
 def summary(stage: Session, policy: BagelPolicy, sentinel: Sentinel) -> dict[str, float]:
-    """Means over the last tenth of the run, the last probe, the sentinel's alarms (guard -> first step), and counted work."""
+    """Means over the last tenth of the run (see `last_tenth`), the last probe, the sentinel's alarms (guard -> first step), and
+    counted work."""
     config, curves = stage.config, stage.curves
-    rows, model = max(1, len(curves) // 10), policy.model.config
-    out = {name: tail_mean(curves, name, rows) for name in
-           ("reward/mean", "reward/zero_std_groups", "text/clip_fraction", "image/clip_fraction", "text/entropy",
-            "image/velocity_mse", "image/latent_kl", "thinking/length", "thinking/truncated",
-            "mismatch/text", "mismatch/image")}
+    model = policy.model.config
+    out = last_tenth(curves, ("reward/mean", "reward/zero_std_groups", "text/clip_fraction", "image/clip_fraction",
+                              "text/entropy", "image/velocity_mse", "image/latent_kl", "thinking/length",
+                              "thinking/truncated", "mismatch/text", "mismatch/image"))
     out |= {name: row[name] for row in curves for name in row if name.startswith("probe/")}
     out |= {"sentinel/probes": float(sum("sentinel/alarms" in row for row in curves)),
             "sentinel/alarms": float(len(sentinel.alarms)), "sentinel/good_step": float(sentinel.good or 0)}
