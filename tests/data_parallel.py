@@ -19,15 +19,16 @@ from small import draw, small_config, small_policy, small_prompts
 
 from unigrpo.checkpoint import load_training_state, weights_digest
 from unigrpo.config import merge
-from unigrpo.distributed import World, is_sharded, join, leave
+from unigrpo.distributed import World, is_sharded, join, leave, local
 from unigrpo.rollout import BagelPolicy
 from unigrpo.schema import Config
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, collate, supervised_optimizers, train_supervised
 from unigrpo.stages.loading import DTYPES, restore_progress, save_progress, spread
+from unigrpo.tally import first_bad_gradient
 from unigrpo.train import train
 from unigrpo.types import Reward, Rollouts
-from unigrpo.update import rl_optimizer, trainable_experts
+from unigrpo.update import optimizer_step, rl_optimizer, trainable_experts
 from unigrpo.worlds.shapes import caption_text, random_scene, render
 
 STEPS, KEPT = 5, 2  # of a run, and those after which its training state is kept
@@ -164,6 +165,24 @@ def uneven(world: World, config: Config) -> dict[str, torch.Tensor]:
     return {"lengths": world.gather_rows(torch.tensor([float(found[0][0].shape[1])]))}
 
 
+def not_finite(world: World, config: Config) -> dict[str, torch.Tensor]:
+    """A gradient that is not finite in the second process's rows alone: no process steps, and it is named there."""
+    policy = policy_of(config, world, True)
+    experts = trainable_experts(policy.model, config.train.experts)
+    optimizer = rl_optimizer(experts, config.optim)
+    rollouts = policy.generate(small_prompts(1), group_size=2, sampling=config.rollout, generators=draw)
+    policy.replay(rollouts).text_log_probs.sum().backward()
+    name, parameter = next(iter(experts["understanding"].items()))
+    if world.rank == 1:
+        local(parameter.grad)[0] = float("nan")
+    before = [local(p.detach()).clone() for group in optimizer.param_groups for p in group["params"]]
+    assert first_bad_gradient(optimizer) == (f"the gradient of {name}" if world.rank == 1 else "")
+    stats = optimizer_step(optimizer, 1.0, 1.0, world)
+    after = [local(p.detach()) for group in optimizer.param_groups for p in group["params"]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return {"skipped": world.gather_rows(torch.tensor([stats["optim/skipped"]]))}
+
+
 def spread_out(folder: Path, micro_batch: int, world: World, alone: Path) -> None:
     """All that sharded weights are to do: train, in bfloat16 too, go on from one process's state, sample at any length."""
     config = steps_config(micro_batch, sft={"optimizer": "adamw"}, train={"activation_checkpointing": True})
@@ -174,7 +193,7 @@ def spread_out(folder: Path, micro_batch: int, world: World, alone: Path) -> Non
     for name, sharded in (("half", True), ("half_replicated", False)):
         tensors, sampled, rows = reinforce(world, half, sharded=sharded, keep=folder / name / "resume")
         write(folder / name, world, tensors, {"sampled": sampled, "rl": rows})
-    write(folder / "uneven", world, uneven(world, config), {})
+    write(folder / "uneven", world, uneven(world, config) | not_finite(world, config), {})
 
 
 def main(folder: Path, micro_batch: int, alone: Path | None) -> None:

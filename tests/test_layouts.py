@@ -69,12 +69,14 @@ def test_a_training_with_spread_weights_writes_what_whole_ones_do(start, undistu
     assert load_policy(root / OUTPUT / "checkpoint", load_config("smoke", root=root)).model is not None
 
 
-def test_a_warm_up_with_spread_weights_writes_what_whole_ones_do(start, tmp_path) -> None:
+@pytest.mark.parametrize("stage", ["sft", pytest.param("base", marks=pytest.mark.slow)])
+def test_supervised_training_with_spread_weights_writes_what_whole_ones_do(start, tmp_path, stage) -> None:
     root = lay_out(shutil.copytree(start, tmp_path / "project"), processes=2, sharding="full")
-    wanted = load_file(root / "artifacts/smoke/sft/checkpoint/model.safetensors")
-    shutil.rmtree(root / "artifacts/smoke/sft")
-    launch(2, "sft", script="stage_process.py", root=root)
-    close(wanted, root / "artifacts/smoke/sft/checkpoint")
+    output = root / "artifacts" / "smoke" / stage
+    wanted = load_file(output / "checkpoint" / "model.safetensors")
+    shutil.rmtree(output)
+    launch(2, stage, script="stage_process.py", root=root)
+    close(wanted, output / "checkpoint")
 
 
 def test_one_process_goes_on_where_two_were_interrupted(start, undisturbed, tmp_path, capsys) -> None:

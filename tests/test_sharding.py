@@ -94,6 +94,10 @@ def test_thinkings_of_other_lengths_wait_for_nobody(two: Path) -> None:
     assert second > 20
 
 
+def test_a_gradient_that_is_not_finite_in_one_process_stops_all(two: Path) -> None:
+    assert load_file(two / "uneven" / "tensors.safetensors")["skipped"].tolist() == [1.0, 1.0]
+
+
 def test_what_cannot_be_spread_is_refused() -> None:
     def refused(message: str, **sections: dict) -> None:
         values = small_config().model_dump()

@@ -109,9 +109,8 @@ class World:
         gradients = [local(p.grad) for p in parameters if p.grad is not None]
         squares = torch.stack([g.double().square().sum() for g in gradients]).sum() if gradients else torch.zeros(())
         norm = math.sqrt(self.sum({"squares": float(squares)})["squares"])
-        factor = min(1.0, max_norm / (norm + 1e-6)) if math.isfinite(norm) else norm
         for gradient in gradients:
-            gradient.mul_(factor)
+            gradient.mul_(min(1.0, max_norm / (norm + 1e-6)))
         return norm
 
     def wait(self) -> None:
