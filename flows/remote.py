@@ -29,7 +29,7 @@ from store import Files, Store, files_below
 from unigrpo.config import Config, load_config
 from unigrpo.digests import sha256_code, sha256_inputs, sha256_json
 from unigrpo.experiment import words
-from unigrpo.resume import STATE
+from unigrpo.resume import STATE, deciding
 from unigrpo.stages import Job, parse_name
 from unigrpo.tracking import JOURNAL
 
@@ -151,7 +151,8 @@ def run_elsewhere(flow: Any, stage: str, name: str, files: Files, known: Mapping
     known = complete(dict(known), root, job, config)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or JOURNAL
     sent = uri.startswith("http")
-    digest = sha256_json({"params": known["params_sha256"], "inputs": sorted(inputs.items()), "code": sha256_code()})[:24]
+    params = deciding(config.model_dump(mode="json"))  # as the resume folder is keyed
+    digest = sha256_json({"params": params, "inputs": sorted(inputs.items()), "code": sha256_code()})[:24]
     mirror = Mirror(store, f"{stage}/{name}/{digest}", root, sent=sent)
     if mirror.restore():
         print(f"{stage} {name}: an earlier attempt's progress came from the datastore", flush=True)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from small import ROOT, small_config, small_policy, small_prompts
 
-from unigrpo.checkpoint import save_training_state
 from unigrpo.config import load_config, multiply, read_yaml
 from unigrpo.cost import supervised_cost
 from unigrpo.digests import sha256_path
@@ -20,7 +19,7 @@ from unigrpo.flow.schedule import sigma_schedule
 from unigrpo.prompts.records import write_records
 from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator
-from unigrpo.stages.loading import save_policy
+from unigrpo.stages.loading import save_policy, save_progress
 from unigrpo.stages.longer import equal_steps, longer, warmup_tokens
 from unigrpo.stages.sft import warmup_batch
 from unigrpo.stages.train import rl_start
@@ -223,12 +222,12 @@ def test_supervised_training_is_a_training_like_any_other(project, monkeypatch):
     calls = []
 
     def dies(*arguments, **keywords):
-        save_training_state(*arguments, **keywords)
+        save_progress(*arguments, **keywords)
         calls.append(arguments[1])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("unigrpo.stages.base.save_training_state", dies)
+        context.setattr("unigrpo.stages.base.save_progress", dies)
         with pytest.raises(KeyboardInterrupt):
             train_run("smoke", run="sft_longer", seed=0, root=project)
     assert calls == [load_config("smoke", root=ROOT).sft.checkpoint_every]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_parallel import run
+from data_parallel import run, steps_config
 from safetensors.torch import load_file
 from small import ROOT, small_config, small_prompts
 
@@ -23,19 +23,20 @@ from unigrpo.schema import Config
 from unigrpo.update import own_prompts
 
 
-def launch(processes: int, *arguments: str) -> None:
-    """The script under torch.distributed.run."""
+def launch(processes: int, *arguments: str, script: str = "data_parallel.py", root: Path = ROOT, ends_well: bool = True) -> str:
+    """A script of this folder under torch.distributed.run, in `root`. Returns what it said."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
-                           "--nproc-per-node", str(processes), str(ROOT / "tests" / "data_parallel.py"), *arguments],
-                          env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+                           "--nproc-per-node", str(processes), str(ROOT / "tests" / script), *arguments],
+                          env=env, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode == 0) == ends_well, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    run(folder, 8, 1)
+    run(folder, steps_config(8), ALONE)
     return folder
 
 
@@ -65,7 +66,7 @@ def test_two_processes_are_one(alone: Path, tmp_path: Path) -> None:
 
 
 def test_micro_batches_are_one_batch(alone: Path, tmp_path: Path) -> None:
-    run(tmp_path / "micro", 4, 1)
+    run(tmp_path / "micro", steps_config(4), ALONE)
     compare(alone, tmp_path / "micro")
 
 

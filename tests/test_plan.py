@@ -10,6 +10,8 @@ import torch
 from small import ROOT, sample, small_config, small_policy, small_prompts
 
 from unigrpo.config import load_config
+from unigrpo.footprint import Case, memory
+from unigrpo.models.mot import MoTConfig
 from unigrpo.plan import gpu_plan, make_plan, model_sizes, plan_run, show_gpu, vocabulary_size
 from unigrpo.probe import measure
 from unigrpo.update import trainable_experts
@@ -106,15 +108,30 @@ def plan_of(config, **kwargs):
     return gpu_plan(config, vocabulary=152_064, **{"gpu": "h200", "gpus": 8, **kwargs})
 
 
+def gpu_memory(config):
+    """Parts on one GPU, whether they fit or not."""
+    model = MoTConfig(vocab_size=152_064, **config.model.model_dump())
+    return memory(Case(config, model, model_sizes(config, 152_064), 1, 64, 9))
+
+
 def test_memory_by_hand():
-    """Full fine-tuning in bfloat16: 2 + 4 + 8 + 4 + 2 bytes a trained parameter, on eight GPUs; adapters need none of it."""
+    """Full fine-tuning, spread over eight GPUs: 4 bytes of each weight, 4 + 8 + 4 of a trained one; adapters need none."""
     full = plan_of(bagel()).memory
     trained = 13_051_250_688
     assert full["gradients (fp32)"] == 4 * trained / 8
     assert full["optimizer (two moments, fp32)"] == 8 * trained / 8
-    assert full["masters (fp32)"] == 4 * trained / 8
-    assert full["reference"] == 2 * trained / 8
-    assert full["weights"] == 2 * 14_607_260_128 / 8
+    assert full["masters (fp32)"] == 0  # the weights are
+    assert full["reference"] == 4 * trained / 8
+    assert full["weights"] == 4 * 14_607_260_128 / 8
+    assert full["whole weights for sampling"] == 2 * 14_607_260_128
+    assert full["gathered embeddings and head"] == 2 * (14_607_260_128 - 2 * 6_525_288_448)
+    one = gpu_memory(bagel(train={"precision": "fp32"}))
+    assert (one["weights"], one["reference"]) == (4 * 14_607_260_128, 4 * trained)
+    assert "gathered layers (two)" not in one
+    several = plan_of(bagel(lora={"rank": 64}), gpus=8)
+    assert several.memory["weights"] == plan_of(bagel(lora={"rank": 64}), gpus=1).memory["weights"]
+    assert "Every GPU holds all weights" in show_gpu(several)
+    assert "spread over them (compute.sharding: full)" in show_gpu(plan_of(bagel()))
     lora = plan_of(bagel(lora={"rank": 64}), gpus=1).memory
     assert lora["reference"] == lora["masters (fp32)"] == 0
     # 64 * (in + out) over q, k, v, o, gate, up, down of 28 layers and two experts.
@@ -139,19 +156,22 @@ def test_moments_of_the_peak_by_hand():
     assert memory["logits"] == 1022 * 152_064 * 4 * 5
     sampling = memory["caches of a rollout"] + memory["activations of denoising"] + memory["whole weights for sampling"]
     moments = ("caches of a rollout", "activations of denoising", "whole weights for sampling", "decoding images",
-               "activations of a micro-batch", "attention mask", "logits")
+               "activations of a micro-batch", "attention mask", "logits", "gathered layers (two)",
+               "gathered embeddings and head", "gradients of a layer")
     assert plan.peak == sampling + sum(value for name, value in memory.items() if name not in moments)
     assert "peak, while sampling" in show_gpu(plan)
 
 
 def test_memory_of_the_warm_up_by_hand():
-    """Float32 states of 1/8 of the model, two gathered layers, and what one micro-batch keeps."""
+    """Float32 states of 1/8 of the model, two gathered layers and the gradients of one, what is no layer, and what one
+    micro-batch keeps."""
     config = bagel(sft={"micro_batch": 2})
     sizes = model_sizes(config, 152_064)
     tokens = 64 + 1024 + 2 + 4098
     kept = 3584 * 4 * 28 + (14 * 3584 + 4 * 18944) * 4
     row = tokens * kept + tokens**2 * 3 + 1024 * 152_064 * 4 * 3
-    states = (4 * sizes.total + 12 * sizes.supervised) / 8 + 4 * sizes.autoencoder + 8 * sizes.layer
+    states = (4 * sizes.total + 12 * sizes.supervised) / 8 + 4 * sizes.autoencoder + 16 * sizes.layer
+    states += 4 * (sizes.total - 28 * sizes.layer)
     assert plan_of(config).warmup == pytest.approx(states + 2 * row)
     assert plan_of(bagel(sft={"micro_batch": None})).warmup == pytest.approx(states + 8 * row)  # 64 texts on 8 GPUs
     assert plan_of(bagel(sft={"micro_batch": 999})).warmup == pytest.approx(states + 8 * row)

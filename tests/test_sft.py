@@ -143,7 +143,7 @@ def test_drift_gate_refuses_a_worse_checkpoint(policy, config, tmp_path, monkeyp
     """A warm-up that draws worse than its base leaves no checkpoint and says what to change."""
     losses = iter([0.1, 0.2])
     monkeypatch.setattr(sft_stage, "heldout_image_loss", lambda *_: next(losses))
-    monkeypatch.setattr(sft_stage, "load_policy", lambda *_: policy)
+    monkeypatch.setattr(sft_stage, "load_policy", lambda *_, **__: policy)
     monkeypatch.setattr(sft_stage, "read_records", lambda _: records(8))
     import shutil
 

@@ -17,6 +17,7 @@ from unigrpo.models.mot import MoTConfig
 from unigrpo.plan import model_sizes
 from unigrpo.roofline import GPUS, Loads, rollout_phases, training_phases
 from unigrpo.stepmodel import (
+    LATENCY,
     NETWORK_BANDWIDTH,
     NODE_BANDWIDTH,
     all_reduce_seconds,
@@ -43,7 +44,9 @@ def test_collectives_by_hand():
     assert all_reduce_seconds(8e9, 8) == pytest.approx(2 * 7 / 8 * 8e9 / NODE_BANDWIDTH, rel=0.01)
     more = all_reduce_seconds(8e9, 16) - all_reduce_seconds(8e9, 8)
     assert more == pytest.approx(2 * 8e9 / 16 / NETWORK_BANDWIDTH, rel=0.01)
-    assert gather_seconds(8e9, 512) == gather_seconds(8e9, 8) == pytest.approx(7 / 8 * 8e9 / NODE_BANDWIDTH, rel=0.01)
+    assert gather_seconds(8e9, 8) == pytest.approx(7 / 8 * 8e9 / NODE_BANDWIDTH, rel=0.01)
+    between = gather_seconds(8e9, 512) - gather_seconds(8e9, 8)  # an eighth for each, from 63 of 64 nodes: 20 ms
+    assert between == pytest.approx(63 / 64 * 8e9 / 8 / NETWORK_BANDWIDTH + 63 * LATENCY)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 128])

@@ -34,11 +34,13 @@ SOURCE_FILE = "source.json"  # beside imported weights: repository, revision, sh
 CONFIG_EXTRAS = ("model_type", "transformers_version", "architectures", "dtype", "tie_word_embeddings")
 
 
-def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files."""
+def save_checkpoint(folder: Path, model: MoTModel, tokenizer: PreTrainedTokenizerBase,
+                    tensors: dict[str, Tensor] | None = None) -> None:
+    """Write config.json, model.safetensors and the tokenizer's files. tensors: the weights, where the model has not all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, model.config)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", metadata=METADATA)
+    weights = model.state_dict() if tensors is None else tensors
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "model.safetensors", metadata=METADATA)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"  # a reloaded tokenizer remembers where it came from; its bytes must not
     settings = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("is_local", "local_files_only")}
@@ -160,18 +162,27 @@ def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: dic
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def training_files(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
+                   extra: dict[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a training state by file."""
+    return {"model": dict(model.state_dict()), "optimizer": optimizer_tensors(optimizers), "extra": extra or {}}
+
+
 def save_training_state(folder: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
                         state: dict[str, Any], extra: dict[str, Tensor] | None = None) -> None:
+    """`write_training_state` of a model that is whole. extra: further tensors (the reference's weights)."""
+    write_training_state(folder, step, training_files(model, optimizers, extra), state)
+
+
+def write_training_state(folder: Path, step: int, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write everything a stage needs to go on after `step` steps. The state before it is kept, and is replaced only when
     this one is whole. Where the disk has no room for three, the older of the two that are there gives its own.
 
     Args:
-        folder: the stage's resume folder. state: JSON of anything else (curves so far, counters).
-        extra: further tensors (the reference's weights).
+        folder: the stage's resume folder. files: see `training_files`. state: JSON of anything else (curves so far, counters).
     Raises: OSError or SafetensorError of a disk that is full all the same; the states that were there are as they were.
     """
     partial, final, old = folder / "state.partial", folder / STATES[0], folder / STATES[1]
-    files = {"model": dict(model.state_dict()), "optimizer": optimizer_tensors(optimizers), "extra": extra or {}}
     try:
         _write_state(partial, files, {"step": step, **state})
     except (OSError, SafetensorError) as error:

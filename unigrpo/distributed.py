@@ -1,12 +1,14 @@
 """Processes that work on one stage together. Every process runs the same code on its share of the rows; sums join them.
 
 Draws are keyed by what they are for and normalisers count all rows, so the number of processes moves no draw and numbers by
-rounding alone. All weights are on every process, and gradients are added up before the optimizer steps.
+rounding alone. All weights are on every process, and gradients are added up before the optimizer steps; or weights are spread
+over the processes (unigrpo.sharding), and their gradients arrive as sums.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -117,12 +119,14 @@ class World:
         return found
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by the sum over the processes; one that is missing counts as 0."""
+        """Replace every gradient by the sum over the processes; one that is missing counts as 0. Sharded ones are sums."""
         if self.size == 1:
             return
         bucket: list[Tensor] = []
         with self.waiting("adding up gradients"):
             for parameter in parameters:
+                if is_sharded(parameter):
+                    continue
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 full = sum(g.numel() for g in bucket) + parameter.numel() > BUCKET
@@ -132,6 +136,20 @@ class World:
                 bucket.append(parameter.grad)
             if bucket:
                 _sum_bucket(bucket)
+
+    def clip_gradients(self, parameters: Sequence[torch.nn.Parameter], max_norm: float) -> float:
+        """Scale gradients so that their common norm is at most `max_norm`, as torch's clip_grad_norm_. Returns the norm.
+
+        Of sharded parameters every process has its rows, and the norm is that of all of them.
+        """
+        if not any(is_sharded(p) for p in parameters):
+            return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        squares = torch.stack([g.double().square().sum() for g in gradients]).sum() if gradients else torch.zeros(())
+        norm = math.sqrt(self.sum({"squares": float(squares)})["squares"])
+        for gradient in gradients:
+            gradient.mul_(min(1.0, max_norm / (norm + 1e-6)))
+        return norm
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -188,6 +206,16 @@ class World:
 
 
 ALONE = World()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds some rows of a tensor only. A DTensor's attribute: its module is slow to import."""
+    return hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that are here, sharing memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _sum_bucket(gradients: Sequence[Tensor]) -> None:

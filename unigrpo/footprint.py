@@ -76,30 +76,37 @@ def adapter_count(config: Config, model: MoTConfig) -> int:
     return layer * model.num_hidden_layers * len(config.train.experts)
 
 
+def is_spread(case: Case) -> bool:
+    """Whether weights are planned as compute.sharding: full has them: on several GPUs, unless adapters are trained."""
+    return case.gpus > 1 and case.config.lora.rank == 0
+
+
 def memory(case: Case) -> dict[str, float]:
-    """Part -> bytes on each GPU. What belongs to parameters is sharded over the GPUs, what belongs to rows is not."""
+    """Part -> bytes on each GPU. What belongs to parameters is spread over the GPUs (see `is_spread`), what belongs to rows is
+    not. Spread weights are float32, so they are their own masters; the reference changes places with them, so it is too."""
     config, model, sizes = case.config, case.model, case.sizes
     item = 2 if config.train.precision == "bf16" else 4
-    adapters = config.lora.rank > 0
+    adapters, spread = config.lora.rank > 0, is_spread(case)
     trained = adapter_count(config, model) if adapters else sizes.trained
-    separate = config.train.precision == "bf16" and not adapters  # masters beside the weights
+    separate = config.train.precision == "bf16" and not adapters and not spread  # masters beside the weights
     parts = {
-        "weights": item * sizes.total + (4.0 * trained if adapters else 0.0),
+        "weights": 4.0 * sizes.total if spread else item * sizes.total + (4.0 * trained if adapters else 0.0),
         "gradients (fp32)": 4.0 * trained,
         "optimizer (two moments, fp32)": 8.0 * trained,
         "masters (fp32)": 4.0 * trained if separate else 0.0,
-        "reference": 0.0 if adapters else float(item * trained),
+        "reference": 0.0 if adapters else 4.0 * trained if spread else float(item * trained),
     }
-    parts = {name: value / case.gpus for name, value in parts.items()}
-    if case.gpus > 1:
-        parts["gathered layers (two)"] = 2.0 * item * sizes.layer
+    if spread:
+        parts = {name: value / case.gpus for name, value in parts.items()} | {
+            "gathered layers (two)": 2.0 * item * sizes.layer, "gathered embeddings and head": float(item * outer(case)),
+            "gradients of a layer": (4.0 + item) * sizes.layer}
     parts["autoencoder"] = 4.0 * sizes.autoencoder
 
     blocks, image = window_steps(config), model.grid[0] * model.grid[1]
     text, micro = case.prompt + case.thinking + 1, min(config.train.micro_batch, case.rows)
     tokens = text + blocks * (image + 2)
     guided = 2 if config.rollout.guidance_scale > 1 else 1
-    if case.gpus > 1:  # gathering every layer for every token would leave the GPUs waiting
+    if spread:  # each decodes as long as its own longest thinking, so nothing can be gathered meanwhile
         parts["whole weights for sampling"] = float(item * sizes.total)
     return parts | {
         "trajectories": case.rows * (4.0 * blocks + 1) * image * model.token_channels * 4,
@@ -110,6 +117,11 @@ def memory(case: Case) -> dict[str, float]:
         "attention mask": float(micro * tokens * tokens * (1 + item)),  # and once more as the kernel's bias
         "logits": float(micro * case.thinking * model.vocab_size * 4 * LOGIT_COPIES),
     }
+
+
+def outer(case: Case) -> int:
+    """Parameters outside of the layers: embeddings, head, encoder of images."""
+    return case.sizes.total - case.model.num_hidden_layers * case.sizes.layer
 
 
 def denoising(model: MoTConfig, context: int, item: int, rows: int) -> float:
@@ -161,7 +173,9 @@ def warmup_memory(case: Case) -> float:
     batch = tokens * kept(model, 4, settings.activation_checkpointing) + tokens**2 * (1 + item)
     batch += case.thinking * model.vocab_size * 4 * TARGET_COPIES
     states = (4.0 * case.sizes.total + 12.0 * case.sizes.supervised) / case.gpus
-    states += 4.0 * case.sizes.autoencoder + (2 * 4.0 * case.sizes.layer if case.gpus > 1 else 0.0)
+    states += 4.0 * case.sizes.autoencoder
+    if case.gpus > 1:  # two gathered layers, a layer's gradients twice, embeddings and head
+        states += 4 * 4.0 * case.sizes.layer + 4.0 * outer(case)
     return states + max(micro * batch, encoding(case.config, rows))
 
 
@@ -182,7 +196,8 @@ def evaluation_memory(case: Case) -> float:
 
 MOMENTS = {"sampling": ("whole weights for sampling", "caches of a rollout", "activations of denoising"),
            "decoding": ("whole weights for sampling", "decoding images"),
-           "updating": ("activations of a micro-batch", "attention mask", "logits")}
+           "updating": ("activations of a micro-batch", "attention mask", "logits", "gathered layers (two)",
+                        "gathered embeddings and head", "gradients of a layer")}
 """Moment of a training step -> the parts alive in it alone; all others are there all the time."""
 
 

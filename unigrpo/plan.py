@@ -21,6 +21,7 @@ from unigrpo.footprint import (
     adapter_count,
     evaluation_memory,
     fits,
+    is_spread,
     layer_sizes,
     memory,
     peak,
@@ -157,6 +158,7 @@ class GpuPlan:
         evaluation: bytes on a GPU that evaluates. usable: bytes of a GPU that a stage may take.
         tokens: of prompt and thinking that time and memory are told for.
         at_scale: a training step on 8, 64 and 512 GPUs, see unigrpo.stepmodel. group_size: rollouts a prompt.
+        layout: of the weights on several, in words.
     """
 
     name: str
@@ -175,6 +177,7 @@ class GpuPlan:
     tokens: tuple[int, int]
     at_scale: tuple[Step, ...] = ()
     group_size: int = 1
+    layout: str = ""
 
     @property
     def gpu_hours(self) -> float:
@@ -184,7 +187,7 @@ class GpuPlan:
 
 def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: float | None = None,
              prompt: int = PROMPT_TOKENS, thinking: int | None = None) -> GpuPlan:
-    """Memory and time of a run on GPUs, from the roofline; parameters' parts are sharded, rows are split evenly.
+    """Memory and time of a run on GPUs, from the roofline; parameters' parts are spread, rows are split evenly.
 
     RL is refused where it does not fit. Of sft the plan says whether it does: RL may start from a checkpoint made elsewhere.
 
@@ -229,7 +232,15 @@ def gpu_plan(config: Config, *, vocabulary: int, gpu: str, gpus: int, price: flo
     return GpuPlan(gpu, gpus, price, memory(case), peak(memory(case)), phases, hours,
                    flops / sum(spent.values()) / device.flops, rollouts * config.train.num_steps, warmup_memory(case),
                    warmup_gpus(case, device), evaluation_memory(case), USABLE * device.memory, (prompt, thinking),
-                   tuple(at_scale(case, device, thinking=thinking)), config.rollout.group_size)
+                   tuple(at_scale(case, device, thinking=thinking)), config.rollout.group_size, layout_words(case))
+
+
+def layout_words(case: Case) -> str:
+    """How RL's weights lie on several GPUs, and what params must say for it."""
+    if not is_spread(case):
+        return "Every GPU holds all weights in RL: adapters are trained, which are small (compute.sharding: none)."
+    told = "" if case.config.compute.sharding == "full" else "; set it, or each holds all of it"
+    return f"Weights, gradients, moments and reference are spread over them (compute.sharding: full{told})."
 
 
 def model_sizes(config: Config, vocabulary: int) -> Sizes:
@@ -259,7 +270,7 @@ def show_gpu(plan: GpuPlan) -> str:
              f"{gpu.memory / 1e9:.0f} GB each ({gpu.source}),",
              f"with {prompt} tokens of prompt and {thinking:,} of thinking in every rollout (--thinking: on average)"]
     if plan.gpus > 1:
-        lines += ["Several are planned as full sharding would use them; this version keeps whole weights on each."]
+        lines += [plan.layout]
     lines += ["", "memory of training on each GPU, GB", *(f"  {name:<48}{amount(value / 1e9):>18}"
                                                            for name, value in labelled(plan.memory))]
     lines += ["", f"peaks of the stages on each GPU, of {plan.usable / 1e9:.1f} GB that may be used, GB"]

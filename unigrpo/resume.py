@@ -2,7 +2,7 @@
 
 DVC deletes a stage's outputs before it runs the stage, so nothing that a restart needs may lie there. The folder's name is
 a digest of everything that decides the result: a changed key, input or line of code starts from scratch, and going back
-to the old values finds the old folder again.
+to the old values finds the old folder again. Where a stage runs is not among it: any number of processes goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from filelock import FileLock, Timeout
 from unigrpo.digests import sha256_code, sha256_inputs, sha256_json
 from unigrpo.sealed import disk_full
 
+# Sections and keys of params that say where a stage runs: they move its numbers by rounding alone. `compute.threads` and `instructions` stay,
+# because every result of a machine depends on them.
+LAYOUT = (("compute", ("processes", "sharding", "slots", "patience_minutes", "resources", "remote", "device")), ("train", ("processes",)))
 STATE = Path(".unigrpo")  # every bit of pipeline state that is not a result, relative to the project's root
 
 
@@ -77,9 +80,18 @@ def hold(path: Path, what: str, *, timeout: float = -1, say: Callable[[str], Non
         lock.release()
 
 
+def deciding(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The params that decide a result: all but those of LAYOUT."""
+    out = dict(params)
+    for section, keys in LAYOUT:
+        if isinstance(out.get(section), Mapping):
+            out[section] = {key: value for key, value in out[section].items() if key not in keys}
+    return out
+
+
 def resume_key(root: Path, stage: str, name: str, params: Mapping[str, Any], inputs: Iterable[str]) -> str:
     """Digest of all that decides a stage's result: its name, params, input bytes and code."""
-    return sha256_json({"stage": stage, "name": name, "params": dict(params), "inputs": sha256_inputs(root, inputs),
+    return sha256_json({"stage": stage, "name": name, "params": deciding(params), "inputs": sha256_inputs(root, inputs),
                         "code": sha256_code()})[:24]
 
 

@@ -47,6 +47,8 @@ class BagelPolicy:
         autoencoder: turns latents into pixels; None where the model draws pixel patches.
     """
 
+    sharded = False  # unigrpo.sharding spreads the weights over processes
+
     def __init__(self, model: MoTModel, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str,
                  guidance: tuple[float, Renorm, tuple[float, float]] | None = None, context_gradient: bool = True,
                  autoencoder: Autoencoder | None = None) -> None:
@@ -238,6 +240,14 @@ class BagelPolicy:
         finally:
             for name, value in own.items():
                 parameters[name].data = value
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, the model may be called without the other processes' doing: all weights are here anyway, or gathered."""
+        yield
+
+    def settle(self) -> None:
+        """Give up gathered weights, where there are any."""
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:

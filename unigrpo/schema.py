@@ -178,6 +178,7 @@ class ComputeConfig(Section):
     threads: Positive
     processes: Positive
     instructions: Literal["native", "avx2"]
+    sharding: Literal["none", "full"]
     slots: Positive
     patience_minutes: float = Field(gt=0)
     device: Literal["cpu", "cuda", "auto"]
@@ -212,6 +213,7 @@ class Config(Section):
     def check(self) -> Self:
         """Rules that cross sections."""
         self.check_shares()
+        self.check_sharding()
         if self.train.experts and self.model.attention_dropout > 0:
             raise ValueError(f"model.attention_dropout must be 0, got {self.model.attention_dropout}: RL replays rollouts "
                              "and dropout would make every ratio noise")
@@ -260,6 +262,22 @@ class Config(Section):
                 near = sorted({max(processes, texts - texts % processes), texts + processes - texts % processes})
                 raise ValueError(f"{section}.texts_per_step={texts} must be a multiple of compute.processes={processes}; the "
                                  f"nearest valid values are {near}")
+
+    def check_sharding(self) -> None:
+        """Weights are spread over several processes, and no optimizer needs whole matrices."""
+        if self.compute.sharding == "none":
+            return
+        for stage in ("sft", "train"):
+            if self.processes(stage) == 1:
+                raise ValueError(f"compute.sharding=full needs more than one process, got {self.processes_key(stage)}=1; raise "
+                                 "it, or set compute.sharding to none")
+        for section, used in (("base", self.base.source == "scratch"), ("sft", True)):
+            if used and getattr(self, section).optimizer == "muon":
+                raise ValueError(f"compute.sharding=full needs {section}.optimizer=adamw, got muon: it orthogonalises whole "
+                                 "matrices, and every process would hold rows of them")
+        if self.lora.rank:
+            raise ValueError(f"compute.sharding=full trains all weights, and lora.rank={self.lora.rank} trains adapters, which "
+                             "are small and lie on every process; set compute.sharding to none, or lora.rank to 0")
 
     def check_pixels(self) -> None:
         """What the autoencoder emits is what the decoder draws."""

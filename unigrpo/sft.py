@@ -176,7 +176,9 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
     for step in range(start_step, config.steps):
         metrics: dict[str, float] = defaultdict(float)
         for part, text_share, image_share in micro_batches(batches(step), config.micro_batch, world):
-            with torch.autocast(policy.model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            # The cache would keep a rounded copy of every layer that is gathered.
+            with torch.autocast(policy.model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16",
+                                cache_enabled=not policy.sharded):
                 text_loss, image_loss, measured = supervised_losses(policy, part)
             loss = config.text_weight * text_share * text_loss + config.image_weight * image_share * image_loss
             if not torch.isfinite(loss):
@@ -187,7 +189,7 @@ def train_supervised(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optim
         metrics = world.sum({"text/accuracy": 0.0, **metrics} if world.size > 1 else metrics)  # the same names everywhere
         parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         world.sum_gradients(parameters)
-        metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
+        metrics["grad_norm"] = world.clip_gradients(parameters, config.grad_clip)
         if not math.isfinite(metrics["grad_norm"]):  # before it reaches the weights, and with them a saved state
             raise ValueError(f"the gradient of step {step} is not finite; lower muon_lr or adam_lr in params")
         factor = supervised_factor(step, config)

@@ -3,8 +3,8 @@
     step = sampling + waiting + reward + updates + communication
 
 The processes share nothing but sums (unigrpo.distributed): each samples, scores and replays its own prompts, and gradients are
-added up before every optimizer step. Weights lie whole on every GPU (`replicated`), or are spread over the GPUs of a node and
-gathered layer by layer (`sharded`), which this version plans for and does not run. Arithmetic is unigrpo.roofline's.
+added up before every optimizer step. Weights lie whole on every GPU (`replicated`), or are spread over all of them and gathered
+layer by layer, for sampling all at once (`sharded`, unigrpo.sharding). Arithmetic is unigrpo.roofline's.
 """
 
 from __future__ import annotations
@@ -67,9 +67,15 @@ def all_reduce_seconds(size: float, gpus: int) -> float:
 
 
 def gather_seconds(size: float, gpus: int) -> float:
-    """Every GPU of a node getting `size` bytes that are spread over it."""
-    inside = min(gpus, NODE)
-    return (inside - 1) * (size / inside / NODE_BANDWIDTH + LATENCY)
+    """Every GPU getting `size` bytes that are spread over all: each its part of a node's over the network, then the node's own.
+
+    Adding up and spreading as many bytes of gradients is the same way back.
+    """
+    inside, nodes = min(gpus, NODE), -(-gpus // NODE)
+    spent = (inside - 1) * (size / inside / NODE_BANDWIDTH + LATENCY)
+    if nodes > 1:
+        spent += (nodes - 1) * (size / inside / nodes / NETWORK_BANDWIDTH + LATENCY)
+    return spent
 
 
 def longest(mean: float, limit: int, rows: int, spread: float = SPREAD) -> float:
@@ -104,13 +110,15 @@ def model_step(case: Case, gpu: Gpu, *, layout: str, thinking: float, spread: fl
     waiting = turns * token * max(0.0, longest(thinking, limit, case.batch * n, spread) - thinking)
     updates = sum(work.seconds(gpu) * count for work, count in training_phases(config, model, mean).values())
     trained = adapter_count(config, model) if config.lora.rank else case.sizes.trained
-    communication = config.train.updates_per_rollout * all_reduce_seconds(4.0 * trained, n)
     if layout == "sharded":
         item = 2 if config.train.precision == "bf16" else 4
         whole = gather_seconds(item * float(case.sizes.total), n)
         micro = -(-case.rows // min(config.train.micro_batch, case.rows))
         passes = 2 + 1 + 1                     # anchor of half the rollouts, reference, forward, backward: gathered each time
-        communication += whole + (1 - HIDDEN) * micro * passes * whole
+        gradients = gather_seconds(4.0 * trained, n)   # of every micro-batch
+        communication = whole + (1 - HIDDEN) * micro * (passes * whole + gradients)
+    else:
+        communication = config.train.updates_per_rollout * all_reduce_seconds(4.0 * trained, n)
     parts = memory(case if layout == "sharded" else alone(case))
     weights = f"LoRA {config.lora.rank}" if config.lora.rank else "all"
     return Step(n, layout, weights, case.rows * n, case.rows, min(config.train.micro_batch, case.rows), sampling, waiting,
@@ -138,6 +146,8 @@ def recommend(case: Case, gpu: Gpu, *, thinking: float, layouts: Sequence[str] =
     for rank in (case.config.lora.rank, case.config.lora.rank or adapters):
         found = []
         for layout in layouts:
+            if rank and layout == "sharded":   # adapters are small and lie on every process
+                continue
             for micro in micro_batches:
                 train = case.config.train.model_copy(update={"micro_batch": micro})
                 lora = case.config.lora.model_copy(update={"rank": rank})
@@ -150,7 +160,7 @@ def recommend(case: Case, gpu: Gpu, *, thinking: float, layouts: Sequence[str] =
 
 
 def at_scale(case: Case, gpu: Gpu, *, thinking: float, counts: Sequence[int] = (8, 64, 512)) -> list[Step]:
-    """The fastest step on each number of GPUs, and the fastest that this version runs: with whole weights on every GPU.
+    """The fastest step on each number of GPUs, and the fastest with whole weights on every GPU.
 
     A process takes whole prompts for every update, so where the run has too few of them the step has as many as give each
     GPU one: more rollouts a step, of which a reader must know.

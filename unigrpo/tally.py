@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigrpo.distributed import World
+from unigrpo.distributed import World, local
 from unigrpo.schema import Config
 from unigrpo.types import Replay
 from unigrpo.update import Batch, optimizer_step
@@ -94,4 +94,4 @@ def first_bad_gradient(optimizer: torch.optim.Optimizer) -> str:
     """The first parameter whose gradient is not finite, by name; "" if all are."""
     return next((f"the gradient of {name}" for group in optimizer.param_groups
                  for name, parameter in zip(group["names"], group["params"], strict=True)
-                 if parameter.grad is not None and not torch.isfinite(parameter.grad).all()), "")
+                 if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all()), "")

@@ -283,7 +283,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, factor: float, max_norm: fl
     norms = {}
     for group in optimizer.param_groups:
         world.sum_gradients(group["params"])
-        norms[f"{group['name']}/grad_norm"] = float(nn.utils.clip_grad_norm_(group["params"], max_norm))
+        norms[f"{group['name']}/grad_norm"] = world.clip_gradients(group["params"], max_norm)
         group["lr"] = group["peak_lr"] * factor
     skipped = skip or not all(math.isfinite(v) for v in norms.values())
     if not skipped:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from unigrpo.checkpoint import load_training_state, restore_optimizers, save_training_state
+from unigrpo.checkpoint import load_training_state
 from unigrpo.config import load_config
 from unigrpo.cost import supervised_cost
 from unigrpo.models.bagel import word_tokenizer
@@ -18,7 +18,7 @@ from unigrpo.schema import Config, SupervisedConfig
 from unigrpo.seeding import generator
 from unigrpo.sft import Example, SupervisedBatch, collate, supervised_optimizers, train_supervised
 from unigrpo.stages.imported import import_base
-from unigrpo.stages.loading import compute_device, save_policy
+from unigrpo.stages.loading import compute_device, is_spread, restore_progress, save_policy, save_progress, spread
 from unigrpo.stages.pixels import autoencoder_of, reconstruction_error
 from unigrpo.stages.session import Session, session, tail_mean
 from unigrpo.worlds.shapes import caption_text, plan_text, random_scene, render, vocabulary
@@ -43,9 +43,10 @@ def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | N
             policy.autoencoder = autoencoder_of(config.autoencoder, stage.folder, size=max(config.model.image_size),
                                                 device=policy.model.device)
             metrics["autoencoder/rmse"] = reconstruction_error(policy.autoencoder, config.autoencoder)
+        if is_spread(config, stage.world):
+            policy = spread(policy, stage.world)
         train_stage(stage, policy, config.base, lambda step: caption_batch(policy, config, step))
-        if stage.world.main:
-            save_policy(stage.output / "checkpoint", policy)
+        save_policy(stage.output / "checkpoint", policy, world=stage.world)
         return stage.write({**summary(stage, policy, config.base), **metrics})
 
 
@@ -93,12 +94,12 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
     policy.model.train()
     if settings.activation_checkpointing:
         policy.model.activation_checkpointing_enable()
+    policy.settle()
     optimizers = supervised_optimizers(policy.model, settings, stage.world)
     start = 0
     if (found := load_training_state(stage.folder)) is not None:
         state, tensors = found
-        policy.model.load_state_dict(tensors["model"])
-        restore_optimizers(optimizers, tensors["optimizer"])
+        restore_progress(policy, optimizers, tensors)
         stage.restore(state)
         start = int(state["step"])
     stage.begin("", settings.steps, start, stepwise=True)
@@ -111,8 +112,8 @@ def train_stage(stage: Session, policy: BagelPolicy, settings: SupervisedConfig,
 
     def save(step: int) -> None:
         leaving = stage.asked_to_leave()
-        if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or leaving):
-            save_training_state(stage.folder, step + 1, policy.model, optimizers, stage.state())
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.steps or leaving:
+            save_progress(stage.folder, step + 1, policy, optimizers, lambda _: stage.state(), stage.world)
         if leaving:
             stage.leave(step + 1)
 

@@ -21,7 +21,7 @@ from unigrpo.prompts.records import read_records
 from unigrpo.rollout import BagelPolicy
 from unigrpo.sft import SupervisedBatch
 from unigrpo.stages.base import summary, train_stage
-from unigrpo.stages.loading import load_policy, save_policy
+from unigrpo.stages.loading import is_spread, load_policy, masters, save_policy
 from unigrpo.stages.session import session
 from unigrpo.stages.sft import folder_batch, split_examples, warmup_batch
 
@@ -36,9 +36,9 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
     inputs = (prompts, sft) if data is None else (prompts, sft, data)
     with session("train", f"{scale}-{run}-{seed}", scale=scale, run=run, seed=seed, output=f"artifacts/{scale}/{run}/{seed}",
                  inputs=inputs, root=root, provenance=provenance) as stage:
-        policy = load_policy(root / sft, stage.config)
+        policy = load_policy(root / sft, stage.config, on_cpu=is_spread(stage.config, stage.world))
         dtype = policy.model.dtype
-        policy.model.float()  # master weights, as in the warm-up
+        policy = masters(policy, stage.config, stage.world)  # as in the warm-up
         records = read_records(root / prompts / "train.jsonl")
         if data is None:
             warmup = read_records(root / prompts / "sft.jsonl")
@@ -51,9 +51,8 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
         batches: Callable[[int], SupervisedBatch] = (
             partial(warmup_batch, policy, warmup, config) if data is None else partial(folder_batch, policy, examples, config))
         train_stage(stage, policy, config.sft, batches)
-        policy.model.to(dtype)  # type: ignore[arg-type]
+        save_policy(stage.output / "checkpoint", policy, origin=root / sft, dtype=dtype, world=stage.world)
         if stage.world.main:
-            save_policy(stage.output / "checkpoint", policy, origin=root / sft)
             gallery = stage.output / "gallery"  # nothing is sampled; a file in it, because DVC warns of an empty folder
             gallery.mkdir(exist_ok=True)
             (gallery / "gallery.json").write_text("[]\n", encoding="utf-8")

@@ -87,14 +87,25 @@ class Session:
               f"from there (exit status {PREEMPTED})", file=sys.stderr, flush=True)
         raise Preempted
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the weights lie: on how many processes, whole or spread."""
+        return {"processes": self.world.size, "sharding": self.config.compute.sharding}
+
     def state(self) -> dict[str, Any]:
         """What a resumed session needs of this one. What the tracker was told so far is on the disk before it."""
         self.tracker.sync()
-        return {"curves": self.curves, "gallery": self.gallery}
+        return {"curves": self.curves, "gallery": self.gallery, "layout": self.layout}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from an earlier session's state. Raises ValueError naming a picture of its gallery that is not whole."""
         self.curves, self.gallery = list(state["curves"]), list(state["gallery"])
+        before = state.get("layout", self.layout)
+        if before != self.layout and self.world.main:
+            print(f"{self.name}: the state was written with {describe_layout(before)}, and the run goes on with "
+                  f"{describe_layout(self.layout)}; its numbers differ by rounding from either's alone", file=sys.stderr,
+                  flush=True)
+            self.tracker.set_tags({"resumed.layout": f"{describe_layout(before)} -> {describe_layout(self.layout)}"})
         for row in self.gallery:
             path = self.folder / "gallery" / row["image"]
             try:
@@ -233,7 +244,25 @@ def save_picture(image: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def describe_layout(layout: Mapping[str, Any]) -> str:
+    """"2 processes, sharding none"."""
+    count = layout["processes"]
+    return f"{count} process{'es' if count > 1 else ''}, sharding {layout['sharding']}"
+
+
 def tail_mean(curves: Sequence[Mapping[str, float]], name: str, rows: int) -> float:
     """Mean of a curve over its last rows."""
     values = [row[name] for row in curves[-rows:] if name in row]
     return sum(values) / len(values) if values else 0.0
+
+
+def last_tenth(curves: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Means over the last tenth of a run. What is measured in few steps only, and in none of these, is the mean over the last
+    tenth of those that measured it; what no step measured is left out."""
+    found = {}
+    for name in names:
+        measured = [row for row in curves if name in row]
+        of = curves if any(name in row for row in curves[-max(1, len(curves) // 10):]) else measured
+        if measured:
+            found[name] = tail_mean(of, name, max(1, len(of) // 10))
+    return found

@@ -20,7 +20,7 @@ from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator, shuffled_index
 from unigrpo.sft import Example, SupervisedBatch, collate, supervised_losses
 from unigrpo.stages.base import posterior_of, summary, train_stage
-from unigrpo.stages.loading import load_policy, save_policy
+from unigrpo.stages.loading import is_spread, load_policy, masters, save_policy
 from unigrpo.stages.session import session
 from unigrpo.types import PromptRecord
 from unigrpo.worlds.shapes import parse_plan, plan_satisfies, plan_text, random_scene, render, sample_scene
@@ -34,9 +34,9 @@ def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | N
     with session("sft", scale, scale=scale, output=f"artifacts/{scale}/sft", inputs=inputs, root=root,
                  provenance=provenance) as stage:
         config = stage.config
-        policy = load_policy(root / base, config)
+        policy = load_policy(root / base, config, on_cpu=is_spread(config, stage.world))
         dtype = policy.model.dtype
-        policy.model.float()  # master weights; with sft.precision bf16 the matrix products round them
+        policy = masters(policy, config, stage.world)
         batches: Callable[[int], SupervisedBatch]
         heldout: Callable[[BagelPolicy, Config], float]
         if data is None:
@@ -56,9 +56,7 @@ def run(scale: str, *, root: Path = Path("."), provenance: Mapping[str, str] | N
             raise ValueError(f"the warm-up draws worse than its base: held-out image loss {after:.4g} against {before:.4g}, "
                              f"more than sft.drift.max_image_loss_ratio={limit:g} times; lower sft.muon_lr, sft.adam_lr or "
                              f"sft.steps in params/scales/{scale}.yaml")
-        policy.model.to(dtype)  # type: ignore[arg-type]
-        if stage.world.main:
-            save_policy(stage.output / "checkpoint", policy, origin=root / base)
+        save_policy(stage.output / "checkpoint", policy, origin=root / base, dtype=dtype, world=stage.world)
         return stage.write({**summary(stage, policy, config.sft), "drift/image_loss_before": before,
                             "drift/image_loss_after": after, "drift/image_loss_ratio": after / before,
                             **facts})

@@ -13,22 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unigrpo.adapters import AdapterState, add_lora, has_adapters
-from unigrpo.checkpoint import (
-    load_training_state,
-    restore_optimizers,
-    save_training_state,
-    weights_digest,
-)
+from unigrpo.adapters import add_lora
+from unigrpo.checkpoint import load_training_state, weights_digest
 from unigrpo.config import Config, load_config
 from unigrpo.cost import reinforcement_flops
+from unigrpo.distributed import ALONE, World
 from unigrpo.evaluation.sentinel import Sentinel, Thresholds
 from unigrpo.prompts.records import read_records
 from unigrpo.rewards import RewardFunction
 from unigrpo.rollout import BagelPolicy
 from unigrpo.seeding import generator, shuffled_index
-from unigrpo.stages.loading import DTYPES, load_policy, save_policy
-from unigrpo.stages.session import Session, session, tail_mean
+from unigrpo.stages.loading import DTYPES, is_spread, load_policy, restore_progress, save_policy, save_progress, spread
+from unigrpo.stages.session import Session, last_tenth, session
 from unigrpo.stages.watch import Lookout, good_folder, keep_good, look, reward_functions, since_last_probe, watch
 from unigrpo.train import refuse_missing, train
 from unigrpo.types import PromptRecord, Reward, Rollouts
@@ -52,7 +48,7 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
                  inputs=(prompts, sft), root=root, provenance=provenance) as stage:
         config = stage.config
         rewards, sentinel = reward_functions(config), Sentinel(Thresholds.changed(config.train.sentinel.thresholds))
-        policy, optimizer = rl_start(root / sft, config)
+        policy, optimizer = rl_start(root / sft, config, stage.world)
         start = resume(stage, policy, optimizer, sentinel)
         records = read_records(root / prompts / "train.jsonl")
         probes = read_records(root / prompts / "validation.jsonl")[:config.train.probe_prompts]
@@ -66,40 +62,36 @@ def run(scale: str, *, run: str, seed: int, root: Path = Path("."),
               save=partial(save, stage, policy, optimizer, sentinel), start_step=start, skipped=skipped_updates(stage.curves),
               world=stage.world)
         policy.model.eval()
-        if stage.world.main:
-            save_policy(stage.output / "checkpoint", policy, origin=root / sft)
-            if not sentinel.alarms:  # the run's own checkpoint is the good one
-                shutil.rmtree(lookout.good, ignore_errors=True)
+        save_policy(stage.output / "checkpoint", policy, origin=root / sft, world=stage.world)
+        if stage.world.main and not sentinel.alarms:  # the run's own checkpoint is the good one
+            shutil.rmtree(lookout.good, ignore_errors=True)
         return stage.write(summary(stage, policy, sentinel))
 
 
-def rl_start(checkpoint: Path, config: Config) -> tuple[BagelPolicy, torch.optim.Optimizer]:
+def rl_start(checkpoint: Path, config: Config, world: World = ALONE) -> tuple[BagelPolicy, torch.optim.Optimizer]:
     """The policy that a run starts from, its reference kept, and the optimizer of its trained experts."""
-    policy = rl_policy(checkpoint, config)
+    policy = rl_policy(checkpoint, config, world)
     experts = trainable_experts(policy.model, config.train.experts)
     if config.lora.rank == 0:  # with adapters the reference is the model without them
         policy.freeze_reference([name for parameters in experts.values() for name in parameters])
     return policy, rl_optimizer(experts, config.optim, lr_scale=config.lora.lr_scale if config.lora.rank else 1.0)
 
 
-def rl_policy(checkpoint: Path, config: Config) -> BagelPolicy:
+def rl_policy(checkpoint: Path, config: Config, world: World = ALONE) -> BagelPolicy:
     """The policy of a run: the checkpoint's weights in the run's precision, its adapters, guidance and context gradient."""
-    rollout = config.rollout
+    rollout, dtype = config.rollout, DTYPES[config.train.precision]
     # Frozen understanding experts compute the context, so that no gradient can reach it: one packed forward does then.
     full = config.objective.image.context_gradient == "full" or "understanding" not in config.train.experts
     guidance = (rollout.guidance_scale, rollout.guidance_renorm, rollout.guidance_interval)
-    policy = load_policy(checkpoint, config, dtype=DTYPES[config.train.precision],
+    policy = load_policy(checkpoint, config, dtype=dtype, on_cpu=is_spread(config, world),
                          guidance=guidance if rollout.guidance_scale > 1 else None,
                          context_gradient=full)
+    if is_spread(config, world):
+        return spread(policy, world, None if dtype == torch.float32 else dtype)
     if config.lora.rank:
         add_lora(policy.model, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets,
                  experts=config.train.experts, seed=config.seed)
     return policy
-
-
-def trained_part(policy: BagelPolicy) -> torch.nn.Module:
-    """What a resume folder holds: the model, or of an adapted model its adapters."""
-    return AdapterState(policy.model) if has_adapters(policy.model) else policy.model
 
 
 def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, sentinel: Sentinel) -> int:
@@ -108,11 +100,9 @@ def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer
     if found is None:
         return 0
     state, tensors = found
-    trained_part(policy).load_state_dict(tensors["model"])
-    policy.reference_weights = {name: value.to(policy.model.device) for name, value in tensors["extra"].items()}
-    if weights_digest(policy.reference_weights) != state["reference"]:
+    if weights_digest(tensors["extra"]) != state["reference"]:
         raise ValueError(f"{stage.folder} holds another reference than its state.json names; remove that folder to start again")
-    restore_optimizers([optimizer], tensors["optimizer"])
+    restore_progress(policy, [optimizer], tensors)
     stage.restore(state)
     sentinel.restore(state["sentinel"])
     return int(state["step"])
@@ -121,11 +111,10 @@ def resume(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer
 def save(stage: Session, policy: BagelPolicy, optimizer: torch.optim.Optimizer, sentinel: Sentinel, step: int) -> None:
     """Save the training state every train.checkpoint_every steps, at the end, and where the process is asked to leave."""
     settings, leaving = stage.config.train, stage.asked_to_leave()
-    if stage.world.main and ((step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps or leaving):
-        save_training_state(stage.folder, step + 1, trained_part(policy), [optimizer],
-                            {**stage.state(), "sentinel": sentinel.state(),
-                             "reference": weights_digest(policy.reference_weights)},
-                            extra=policy.reference_weights)
+    if (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps or leaving:
+        save_progress(stage.folder, step + 1, policy, [optimizer],
+                      lambda reference: {**stage.state(), "sentinel": sentinel.state(),
+                                         "reference": weights_digest(reference)}, stage.world)
     if leaving:
         stage.leave(step + 1)
 
@@ -184,8 +173,8 @@ def probe(stage: Session, policy: BagelPolicy, lookout: Lookout, step: int,
                 world=stage.world)
     refuse_missing(float(np.isnan(seen.rewards).mean()), f"the probe of step {step}", stage.config)
     found, alarms = watch(seen, sentinel, step, [*since_last_probe(stage.curves), metrics], lookout.rewards)
-    if stage.world.main and stage.config.train.sentinel.keep_good and sentinel.good == step:
-        keep_good(lookout.good, policy, step)
+    if stage.config.train.sentinel.keep_good and sentinel.good == step:
+        keep_good(lookout.good, policy, step, stage.world)
     if not alarms:
         return found, ""
     kept = f"; the weights of step {sentinel.good} are kept in {lookout.good}" if stage.config.train.sentinel.keep_good else ""
@@ -211,13 +200,13 @@ def add_pictures(stage: Session, policy: BagelPolicy, reward: Reward, step: int,
 
 
 def summary(stage: Session, policy: BagelPolicy, sentinel: Sentinel) -> dict[str, float]:
-    """Means over the last tenth of the run, the last probe, the sentinel's alarms (guard -> first step), and counted work."""
+    """Means over the last tenth of the run (see `last_tenth`), the last probe, the sentinel's alarms (guard -> first step), and
+    counted work."""
     config, curves = stage.config, stage.curves
-    rows, model = max(1, len(curves) // 10), policy.model.config
-    out = {name: tail_mean(curves, name, rows) for name in
-           ("reward/mean", "reward/zero_std_groups", "text/clip_fraction", "image/clip_fraction", "text/entropy",
-            "image/velocity_mse", "image/latent_kl", "thinking/length", "thinking/truncated",
-            "mismatch/text", "mismatch/image")}
+    model = policy.model.config
+    out = last_tenth(curves, ("reward/mean", "reward/zero_std_groups", "text/clip_fraction", "image/clip_fraction",
+                              "text/entropy", "image/velocity_mse", "image/latent_kl", "thinking/length",
+                              "thinking/truncated", "mismatch/text", "mismatch/image"))
     out |= {name: row[name] for row in curves for name in row if name.startswith("probe/")}
     out |= {"sentinel/probes": float(sum("sentinel/alarms" in row for row in curves)),
             "sentinel/alarms": float(len(sentinel.alarms)), "sentinel/good_step": float(sentinel.good or 0)}

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pandas as pd
 
 from unigrpo.config import Config
 from unigrpo.distributed import ALONE, World
-from unigrpo.evaluate import draw_grid
+from unigrpo.evaluate import DrawnBatch, draw_grid
 from unigrpo.evaluation.guards import (
     Estimate,
     Floats,
@@ -90,8 +90,8 @@ def look(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *
     functions = reward_functions(config) if rewards is None else rewards
     policy.model.eval()
     frames, signs, texts, scores = [], [], [], []
-    for batch in draw_grid(policy, world.share(prompts), config, [HEADLINE], samples=samples, batch=config.evaluate.batch,
-                           seed=seed):
+    for batch in undisturbed(policy, draw_grid(policy, world.share(prompts), config, [HEADLINE], samples=samples,
+                                               batch=config.evaluate.batch, seed=seed)):
         records = [record for record, _ in batch.rows]
         if are_shapes(batch.images, records):
             frames.append(verdict_rows(batch.images, records, batch.texts, samples=[i for _, i in batch.rows], cfg=batch.cfg,
@@ -106,6 +106,12 @@ def look(policy: BagelPolicy, prompts: Sequence[PromptRecord], config: Config, *
     whole = len(frames) == len(signs)  # a few pictures that can be judged would be another set of prompts
     return Look(pd.concat(frames, ignore_index=True) if whole else None, join_signs(signs), texts,
                 np.concatenate(scores).reshape(-1, samples))
+
+
+def undisturbed(policy: BagelPolicy, batches: Iterator[DrawnBatch]) -> Iterator[DrawnBatch]:
+    """The batches, drawn while all weights are here: processes may have different numbers of them."""
+    with policy.gathered():
+        yield from batches
 
 
 def join_lists(parts: Sequence[list[Any]]) -> list[Any]:
@@ -169,12 +175,18 @@ def good_folder(root: Path, name: str) -> Path:
     return root / STATE / "good" / name
 
 
-def keep_good(folder: Path, policy: BagelPolicy, step: int) -> None:
-    """Keep the policy of a probe without a suspicion, in place of the one before; a kill leaves one of the two."""
+def keep_good(folder: Path, policy: BagelPolicy, step: int, world: World = ALONE) -> None:
+    """Keep the policy of a probe without a suspicion, in place of the one before; a kill leaves one of the two.
+
+    All processes call this, the main one writes.
+    """
     new = folder / f"step-{step:06d}"
     partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    save_policy(partial, policy)
+    if world.main:
+        shutil.rmtree(partial, ignore_errors=True)
+    save_policy(partial, policy, world=world)
+    if not world.main:
+        return
     shutil.rmtree(new, ignore_errors=True)
     partial.rename(new)
     for old in folder.glob("step-*"):
