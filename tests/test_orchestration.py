@@ -193,7 +193,8 @@ LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute"
           1: {"sealed", "tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "tally", "update", "mismatch", "cost", "checkpoint",
-              "adapters", "masters", "roofline", "footprint", "stepmodel", "sampling", "images", "interchange", "checks"},
+              "adapters", "masters", "sharding", "roofline", "footprint", "stepmodel", "sampling", "images", "interchange",
+              "checks"},
           4: {"dvcfiles", "gallery", "links", "progress", "preemption", "resume", "journal", "tracking", "stages.*", "plan",
               "probe", "generate"},
           5: {"arms", "experiment", "closure", "commands", "cli", "__main__"}}
@@ -274,7 +275,7 @@ def test_the_environment_of_a_stage_does_not_come_from_the_shell(launch):
 
 
 def test_a_processor_with_wider_vectors_rounds_like_one_without(launch):
-    """The committed lock was made without AVX-512. What the shell says of it does not count, and a scale may want all there is."""
+    """The committed lock was made without AVX-512. What the shell says of it does not count."""
     config = load_config("tiny", root=ROOT)
     assert config.compute.instructions == load_config("smoke", root=ROOT).compute.instructions == "avx2"
     env = launch.environment(config, {"PATH": "/bin", "ATEN_CPU_CAPABILITY": "default"})
