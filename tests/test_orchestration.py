@@ -193,7 +193,8 @@ LEVELS = {0: {"types", "config", "schema", "schema_benchmarks", "schema_compute"
           1: {"sealed", "tensorfiles", "policy", "muon", "advantages", "credit", "objectives", "text", "flow"},
           2: {"models", "rewards", "evaluation", "worlds", "prompts"},
           3: {"train", "sft", "rollout", "contexts", "evaluate", "report", "tally", "update", "mismatch", "cost", "checkpoint",
-              "adapters", "masters", "roofline", "footprint", "stepmodel", "sampling", "images", "interchange", "checks"},
+              "adapters", "masters", "sharding", "roofline", "footprint", "stepmodel", "sampling", "images", "interchange",
+              "checks"},
           4: {"dvcfiles", "gallery", "links", "progress", "preemption", "resume", "journal", "tracking", "stages.*", "plan",
               "probe", "generate"},
           5: {"arms", "experiment", "closure", "commands", "cli", "__main__"}}
