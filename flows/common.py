@@ -16,7 +16,6 @@ from metaflow import FlowSpec, Parameter, current, package_sources
 
 PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_exp", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
 CODE, SUFFIXES = ("unigrpo", "params"), (".py", ".yaml", ".txt", ".sha256")  # what travels with flows/ to other machines
-PATIENCE = 600  # seconds that processes have to end their step and save after SIGTERM; who takes the machine may kill sooner
 KNOWN = json.loads(os.environ.get("UNIGRPO_PROVENANCE") or "{}")  # set by the launcher where a flow is deployed
 
 
@@ -102,6 +101,7 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
 
     Ends this process with the status of the first that failed: they have said why, and the agent has ended the others.
     """
+    import surroundings
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -112,12 +112,12 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
     os.environ[KNOWN] = json.dumps(known)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, start_method="spawn",
-                          monitor_interval=0.1, shutdown_timeout=PATIENCE)
+                          monitor_interval=0.1, shutdown_timeout=surroundings.SHUTDOWN)
     try:
         elastic_launch(config, sys.executable)("-m", "unigrpo.stages.run", stage, item)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        status = next((code for code in (2, 130, PREEMPTED) if code in codes), 1)  # who knew why, not who missed the others
+        status = status_of(codes)
         if status == 1:
             ends = " and ".join(f"{rank} was killed by signal {-code}" if code < 0 else f"{rank} ended with status {code}"
                                 for rank, code in zip(error.failures, codes, strict=True))
@@ -128,6 +128,16 @@ def run_together(stage: str, item: str, known: dict[str, str], processes: int) -
         sys.exit(130 if error.sigval == signal.SIGINT else PREEMPTED)
     output = folder_of(stage, item) / ("metrics.json" if stage == "evaluate" else "training.json")
     return dict(json.loads(output.read_text(encoding="utf-8")))
+
+
+def status_of(codes: list[int]) -> int:
+    """The status of a stage whose processes ended with these, negative for a signal: of who knew why, not of who missed the
+    others. After a crash the agent asks the others to leave, and theirs is then no preemption, which would be tried again."""
+    from unigrpo.preemption import PREEMPTED
+
+    if PREEMPTED in codes and set(codes) <= {PREEMPTED, -signal.SIGTERM}:
+        return PREEMPTED
+    return next((code for code in (2, 130) if code in codes), 1)
 
 
 def receive_outputs(flow: StageFlow) -> None:

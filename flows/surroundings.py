@@ -28,6 +28,7 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "true",
            "MLFLOW_DISABLE_TELEMETRY": "true", "DVC_NO_ANALYTICS": "1", "ITERATIVE_DO_NOT_TRACK": "1"}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS")
+SHUTDOWN = 600  # seconds that processes get to end their step and save it after SIGTERM; who takes the machine may kill sooner
 PORT = 29500   # where processes of several machines meet
 
 
@@ -70,7 +71,8 @@ def command(stage: str, name: str, *, processes: int = 1, nodes: int = 1, node: 
         return [sys.executable, *main]
     where = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "--node-rank", str(node), "--master-addr", address,
                                                  "--master-port", str(port)]
-    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(share), *main]
+    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(share), "--shutdown-timeout",
+            str(SHUTDOWN), *main]
 
 
 def told(provenance: Mapping[str, str]) -> dict[str, str]:

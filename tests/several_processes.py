@@ -25,7 +25,7 @@ from unigrpo.preemption import PREEMPTED
 PATIENCE = 15.0  # seconds that a process waits for the other here; 30 minutes by default
 LEAVE = 10       # seconds that the agent gives a process which does not leave
 SLACK = 30.0     # seconds that a slow machine may add
-LAUNCH = (f"import sys; sys.path.insert(0, 'flows'); import common; common.PATIENCE = {LEAVE}; "
+LAUNCH = (f"import sys; sys.path.insert(0, 'flows'); import common, surroundings; surroundings.SHUTDOWN = {LEAVE}; "
           "common.run_together(sys.argv[1], sys.argv[2], {}, 2)")
 HUNG = re.compile(r"train smoke-unigrpo-0: step \d+, [a-z ]+: process [01] of 2 waited \d+ s for the others, and one of them "
                   r"hangs \(compute\.patience_minutes=0\.25 says how long to wait\); the same command goes on after step \d+")

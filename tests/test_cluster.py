@@ -257,9 +257,10 @@ def test_only_what_means_something_elsewhere_is_passed_on(places, monkeypatch):
 
 @pytest.mark.parametrize(("processes", "nodes", "wanted"), [
     (1, 1, "{python} -m unigrpo.stages.run train x"),
-    (8, 1, "{python} -m torch.distributed.run --standalone --nproc-per-node 8 -m unigrpo.stages.run train x"),
+    (8, 1, "{python} -m torch.distributed.run --standalone --nproc-per-node 8 --shutdown-timeout 600 "
+           "-m unigrpo.stages.run train x"),
     (16, 2, "{python} -m torch.distributed.run --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500 "
-            "--nproc-per-node 8 -m unigrpo.stages.run train x"),
+            "--nproc-per-node 8 --shutdown-timeout 600 -m unigrpo.stages.run train x"),
 ])
 def test_the_command_that_starts_a_stage(processes, nodes, wanted):
     from surroundings import command

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from data_parallel import run, steps_config
 from safetensors.torch import load_file
 from small import ROOT, small_config, small_prompts
@@ -115,21 +115,47 @@ def test_gradients_that_are_missing_count_as_zero_only_among_several() -> None:
 
 
 TWO = """
-import os, sys, time
-from unigrpo.distributed import Deserted, Place, join
+import os, signal, sys, time
+from unigrpo.distributed import Deserted, Place, join, leave
 
 world = join(2, "cpu", patience=3, place=Place("train x", 5))
 world.wait()
 try:
     if not world.main and sys.argv[1] == "hangs":
         time.sleep(60)
-    if not world.main:
+    if not world.main and sys.argv[1] == "dies":
         os._exit(0)
+    if world.main and sys.argv[1] == "main works":
+        time.sleep(8)
+    if world.main and sys.argv[1] == "main stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if world.main and sys.argv[1] == "main dies":
+        os._exit(0)
+    if sys.argv[1].startswith("main"):
+        world.wait()
     world.sum({"a": 1.0})
+    print("together again", flush=True)
 except Deserted as error:
     print(error, flush=True)
 os._exit(0)
 """
+
+
+def said_by(rank: int, what: str) -> str:
+    """Two processes run TWO; what one of them says. Their store is here, as it is the agent's under torch.distributed.run."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+           "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    started = [subprocess.Popen([sys.executable, "-c", TWO, what], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        said, log = started[rank].communicate(timeout=120)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert said, log[-2000:]
+    return said
 
 
 @pytest.mark.parametrize(("other", "words"), [
@@ -137,21 +163,19 @@ os._exit(0)
     ("dies", r"process 0 of 2 waited \d s for the others, and one of them has ended, and has said why or was killed"),
 ])
 def test_who_waits_in_vain_names_stage_and_step(other: str, words: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-           "LOCAL_WORLD_SIZE": "2"}
-    started = [subprocess.Popen([sys.executable, "-c", TWO, other], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
-    try:
-        said, log = started[0].communicate(timeout=120)
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-    assert re.match(r"train x: step 5, adding up numbers: " + words, said), said + log[-2000:]
+    said = said_by(0, other)
+    assert re.match(r"train x: step 5, adding up numbers: " + words, said), said
     assert "nothing is saved yet, and the same command begins again" in said
+
+
+def test_a_main_process_that_works_alone_is_waited_for_as_long_as_it_lives() -> None:
+    """For longer than patience, which is 3 s; not where it shows no sign of life, nor where it is gone."""
+    assert said_by(1, "main works") == "together again\n"
+    stopped = said_by(1, "main stops")
+    assert re.match(r"train x: step 5, waiting for the main process: process 1 of 2 waited \d s for the others, and one of "
+                    r"them hangs", stopped), stopped
+    gone = said_by(1, "main dies")
+    assert "waiting for the main process: process 1 of 2 waited" in gone
 
 
 def test_what_is_said_of_others_tells_where_the_stage_goes_on(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from unigrpo.worlds.shapes.detect import detect_arrays
 from unigrpo.worlds.shapes.scene import BACKGROUND
 
 ROWS, PROMPT, LIMIT = 128, 29, 44  # of a step at scale tiny
+MOST = 200                         # images that an evaluation draws at a time
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +30,11 @@ def tiny():
                                num_attention_heads=4, num_key_value_heads=4, rope_theta=10000.0, initializer_range=0.06,
                                latent_channels=3, latent_patch_size=8, latent_downsample=1, max_latent_size=4,
                                image_size=(32, 32), prediction="clean"))
-    tokens = torch.randint(6, len(tokenizer), (ROWS, PROMPT))
+    tokens = torch.randint(6, len(tokenizer), (MOST, PROMPT))
     special = SpecialTokens.of(tokenizer)
     with torch.no_grad():
-        state = sampling.feed(model, prefill(model, tokens, torch.full((ROWS,), PROMPT), room=1),
-                              torch.full((ROWS,), special.bos), torch.ones(ROWS, dtype=torch.bool)).mean(dim=0)
+        state = sampling.feed(model, prefill(model, tokens, torch.full((MOST,), PROMPT), room=1),
+                              torch.full((MOST,), special.bos), torch.ones(MOST, dtype=torch.bool)).mean(dim=0)
         model.language_model.lm_head.weight[special.eos] = 2.2 * state / state.square().sum()
     yield model, special, tokens
     torch.set_num_threads(threads)
@@ -46,18 +47,21 @@ def run(model, special, tokens, **options):
     return think(model, special, context, uniforms, **options), context
 
 
-@pytest.mark.parametrize("options", [{}, {"close": True}, {"greedy": True}, {"top_k": 20, "temperature": 0.7}])
-def test_rows_that_have_ended_are_left_out_without_a_trace(tiny, monkeypatch, options):
+@pytest.mark.parametrize(("rows", "options"), [
+    (ROWS, {}), (ROWS, {"close": True}), (ROWS, {"greedy": True}), (ROWS, {"top_k": 20, "temperature": 0.7}), (MOST, {}),
+    (101, {}), (99, {"close": True})])
+def test_rows_that_have_ended_are_left_out_without_a_trace(tiny, monkeypatch, rows, options):
+    tiny = (*tiny[:2], tiny[2][:rows])
     fed: list[int] = []
     own = sampling.feed
     monkeypatch.setattr(sampling, "feed", lambda model, context, token, rows: fed.append(len(token)) or own(
         model, context, token, rows))
     segment, context = run(*tiny, **options)
     if not options.get("greedy"):
-        assert min(fed) <= ROWS // 2, fed
+        assert min(fed) <= rows // 2, fed
     monkeypatch.setattr(sampling, "KEEP_SHARE", 0.0)
     wanted, whole = run(*tiny, **options)
-    assert fed[-1] == ROWS
+    assert fed[-1] == rows
     for name in ("tokens", "mask", "rollout_log_probs", "entropy"):
         assert torch.equal(getattr(segment, name), getattr(wanted, name)), name
     assert context.used == whole.used

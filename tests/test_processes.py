@@ -32,6 +32,21 @@ def process():
     return load(ROOT / "flows" / "process.py")
 
 
+@pytest.mark.parametrize(("codes", "status"), [
+    ([75, 75], 75), ([75, -15], 75), ([75, -9], 1), ([1, 75], 1), ([2, 75], 2), ([2, 1], 2), ([130, -15], 130),
+    ([-15, -15], 1)])
+def test_a_crash_is_no_preemption(codes, status):
+    """After the crash of one process the agent asks the others to leave, and they end as if they were preempted."""
+    sys.path.insert(0, str(ROOT / "flows"))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("METAFLOW_USER", "test")
+            patch.setenv("UNIGRPO_SCALE", "smoke")
+            assert load(ROOT / "flows" / "common.py").status_of(codes) == status
+    finally:
+        sys.path.remove(str(ROOT / "flows"))
+
+
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen({command})

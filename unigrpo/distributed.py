@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 BUCKET = 64 * 1024 * 1024  # gradient elements that are added up at a time, which bounds the memory of their copy
+PULSE, MAIN = "unigrpo/pulse", "unigrpo/main"  # keys of what processes share: signs of life of the main one, and where it runs
+LOOK = 0.02    # seconds between looks for the main process
+ENDED = threading.Event()  # this process has left the others
 
 
 class Deserted(RuntimeError):
@@ -43,6 +47,7 @@ class Place:
     name: str = "a stage"
     step: int | None = None
     folder: Path | None = None
+    meetings: int = 0
 
     def saved(self) -> str:
         """From where the stage goes on."""
@@ -152,10 +157,37 @@ class World:
         return norm
 
     def wait(self) -> None:
-        """Until every process is here."""
-        if self.size > 1:
-            with self.waiting("meeting the others"):
-                dist.barrier()
+        """Until every process is here. The main one may come late: what it does alone (a large state to write, a benchmark to
+        score, a lock that another run holds) may take longer than anyone's patience, as long as it shows signs of life."""
+        if self.size == 1:
+            return
+        store, key = _store(), f"unigrpo/meeting/{self.place.meetings}"
+        self.place.meetings += 1
+        if self.main:
+            store.set(key, "here")
+        else:
+            self._watch(store, key)
+        with self.waiting("meeting the others"):
+            dist.barrier()
+
+    def _watch(self, store: Any, key: str) -> None:
+        """Until the main process has set a key. Raises Deserted where its pulse stops for longer than `patience`."""
+        what, pulse, since = "waiting for the main process", -1, time.monotonic()
+        try:
+            host, pid = store.get(MAIN).decode().split()
+            while not store.check([key]):
+                beat, now = store.add(PULSE, 0), time.monotonic()
+                if host == socket.gethostname() and not _runs(int(pid)) and not store.check([key]):
+                    raise Deserted(self.sentence(what, now - since, "closed by peer: it has ended"))
+                if beat != pulse:
+                    pulse, since = beat, now
+                elif now - since > self.patience:
+                    raise Deserted(self.sentence(what, now - since, "timeout: no sign of life"))
+                time.sleep(LOOK)
+        except RuntimeError as error:
+            if isinstance(error, Deserted) or not of_others(error):
+                raise
+            raise Deserted(self.sentence(what, time.monotonic() - since, str(error))) from error
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -186,14 +218,21 @@ class World:
         print(self.sentence(what, self.patience, "a timeout"), file=sys.stderr, flush=True)
         os._exit(1)
 
-    def sentence(self, what: str, seconds: float, cause: str) -> str:
-        """What a process says of others that do not answer, with the library's own reason in brackets."""
+    def sentence(self, what: str, seconds: float | None, cause: str) -> str:
+        """What a process says of others that do not answer, with the library's own reason in brackets.
+
+        Args:
+            seconds: that it has waited, where somebody kept the time.
+        """
         gone = any(word in cause for word in ("closed by peer", "reset by peer", "Broken pipe", "refused"))
+        late = (seconds or 0.0) > 0.9 * self.patience or any(word in cause.lower() for word in ("timed out", "timeout"))
         where = "" if self.place.step is None else f"step {self.place.step}, "
         advice = "one of them has ended, and has said why or was killed" if gone else (
-            f"one of them hangs (compute.patience_minutes={self.patience / 60:g} says how long to wait)")
-        return (f"{self.place.name}: {where}{what}: process {self.rank} of {self.size} waited {seconds:.0f} s for the others, "
-                f"and {advice}; {self.place.saved()} ({' '.join(cause.split())[:160]})")
+            f"one of them hangs (compute.patience_minutes={self.patience / 60:g} says how long to wait)" if late else
+            "what connects them has failed")
+        waited = "waited" if seconds is None else f"waited {seconds:.0f} s"
+        return (f"{self.place.name}: {where}{what}: process {self.rank} of {self.size} {waited} for the others, and {advice}; "
+                f"{self.place.saved()} ({' '.join(cause.split())[:160]})")
 
     def _reduce(self, values: Mapping[str, float], how: Any) -> dict[str, float]:
         if self.size == 1:
@@ -206,6 +245,29 @@ class World:
 
 
 ALONE = World()
+
+
+def _store() -> Any:
+    """What the processes have in common beside their collectives: keys and counts."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _beat(store: Any, seconds: float) -> None:
+    """Count up for the others as long as this process lives; a stopped one does not, nor one whose connection has ended."""
+    with suppress(RuntimeError):
+        while not ENDED.wait(seconds):
+            store.add(PULSE, 1)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -258,10 +320,15 @@ def join(processes: int, device: str, *, key: str = "compute.processes", patienc
             raise
         alone = World(int(os.environ.get("RANK", "0")), started, patience=patience, place=place)
         raise Deserted(alone.sentence("before the first step", time.monotonic() - began, str(error))) from error
+    if state.process_index == 0:
+        ENDED.clear()
+        _store().set(MAIN, f"{socket.gethostname()} {os.getpid()}")
+        threading.Thread(target=_beat, args=[_store(), min(5.0, patience / 10)], daemon=True).start()
     return World(state.process_index, state.num_processes, str(state.device), patience, place)
 
 
 def leave() -> None:
     """End what `join` began."""
+    ENDED.set()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,9 +80,16 @@ def open_client(root: Path) -> Any:
 
 
 def database(root: Path) -> Path | None:
-    """The file of a store that is one."""
+    """The file of a store that is one, and whose address asks for nothing else."""
     uri = store_uri(root)
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") and "?" not in uri else None
+
+
+def schema_version(path: Path) -> str | None:
+    """The version of a database's tables; None where it has none."""
+    with closing(sqlite3.connect(path)) as connection, suppress(sqlite3.OperationalError):
+        return str(connection.execute("select version_num from alembic_version").fetchone())
+    return None
 
 
 @contextmanager
@@ -93,8 +100,11 @@ def replaced(path: Path) -> Iterator[Path]:
     for left in path.parent.glob(f"{fresh.name}*"):
         left.unlink()
     yield fresh
+    if not fresh.exists():  # the block has found that there is no need
+        return
     sync(fresh)
     fresh.replace(path)
+    sync(path.parent)
 
 
 def experiment_id(client: Any, root: Path, name: str) -> str:
@@ -299,6 +309,11 @@ def prepare_store(root: Path) -> None:
                 old.backup(new)
             subprocess.run([sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{fresh}"], check=True,
                            capture_output=True)
+            if schema_version(fresh) == schema_version(path):
+                fresh.unlink()  # programs that have the database open go on with it
+            elif path.with_name(f"{path.name}-wal").exists():
+                raise ValueError(f"{path} is open in another program, and its tables are an earlier MLflow's: end that program "
+                                 "(stages, `make ui`), then run this again")
     client = open_client(root)
     with turn(root, PATIENCE):
         send_pending(root, client)

@@ -24,6 +24,7 @@ from unigrpo.rollout import BagelPolicy
 from unigrpo.types import Replay, Rollouts
 
 T = TypeVar("T")
+NEEDED = ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms", "reset_iter_state")  # newer than FSDPModule
 
 
 class Pass(nn.Module):
@@ -55,6 +56,9 @@ class ShardedPolicy(BagelPolicy):
     sharded = True
 
     def __init__(self, policy: BagelPolicy, world: World, *, rounding: torch.dtype | None = None) -> None:
+        if missing := [name for name in NEEDED if not hasattr(FSDPModule, name)]:
+            raise ValueError(f"compute.sharding=full needs a newer PyTorch than {torch.__version__}, whose FSDPModule has no "
+                             f"{missing[0]}: constraints.txt names a version that is tested")
         self.__dict__.update(policy.__dict__)
         self.world, self.rounding = world, rounding
         device = torch.device(world.device)
@@ -87,10 +91,11 @@ class ShardedPolicy(BagelPolicy):
             return
         self.inside = True
         try:
-            self.outer(lambda: None)
-            for layer in self.layers:
-                layer.set_reshard_after_forward(False)
-                layer.unshard()
+            with self.world.waiting("gathering weights"):
+                self.outer(lambda: None)
+                for layer in self.layers:
+                    layer.set_reshard_after_forward(False)
+                    layer.unshard()
             yield
         finally:
             for layer in self.layers:
@@ -193,7 +198,8 @@ class ShardedPolicy(BagelPolicy):
         found = {}
         for name, value in tensors.items():
             value = value.detach()
-            full = value.full_tensor() if isinstance(value, DTensor) else value
+            with self.world.waiting(f"putting {name} together"):
+                full = value.full_tensor() if isinstance(value, DTensor) else value
             if self.world.main:
                 found[name] = (full if dtype is None else full.to(dtype)).cpu()
         return found

@@ -151,8 +151,11 @@ def quick_import(module: str) -> Any:
     What was imported is left out of its later rounds too.
     """
     import gc
+    import sys
     from importlib import import_module
 
+    if module in sys.modules:
+        return sys.modules[module]
     collecting = gc.isenabled()
     gc.disable()
     try:

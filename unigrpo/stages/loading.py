@@ -105,6 +105,7 @@ def save_progress(folder: Path, step: int, policy: BagelPolicy, optimizers: Sequ
         files = training_files(trained_part(policy), optimizers, policy.reference_weights)
     if world.main:
         write_training_state(folder, step, files, state(files["extra"]))
+    world.wait()  # writing may take longer than the others would wait in the next step
 
 
 def restore_progress(policy: BagelPolicy, optimizers: Sequence[torch.optim.Optimizer],

@@ -13,9 +13,11 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 PROVENANCE = "UNIGRPO_PROVENANCE"
+GRACE = 2.0  # seconds in which a process that has ended for a reason of its own is gone, so that its status counts first
 
 
 def main(arguments: list[str]) -> int:
@@ -43,6 +45,7 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("UNIGRPO_TRACEBACK"):
             raise
         print(error, file=sys.stderr, flush=True)
+        time.sleep(GRACE)
         os._exit(1)  # gloo's threads would wait for the others once more
     except KeyboardInterrupt:
         return 130

@@ -183,7 +183,7 @@ def answered(world: World, resume: Path) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, Deserted) or not of_others(error):
             raise
-        raise Deserted(world.sentence("computing together", 0.0, str(error))) from error
+        raise Deserted(world.sentence("computing together", None, str(error))) from error
 
 
 @contextmanager
