@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from flow_scripts import ROOT
 from report_inputs import write_artifacts
 from scipy.stats import t as student
 
+from unigrpo.config import load_config
 from unigrpo.evaluation.outcomes import cell, compute_metrics, measure, read_outcomes, write_metrics, write_outcomes
 from unigrpo.evaluation.statistics import Measure, mean_interval, paired_difference
 from unigrpo.report.claims import (
@@ -30,6 +32,7 @@ from unigrpo.report.claims import (
     trained_drift,
     verdict,
 )
+from unigrpo.report.reading import run_settings
 from unigrpo.report.resampling import Statistics
 from unigrpo.report.table import results_table
 from unigrpo.seeding import generator
@@ -283,3 +286,14 @@ def test_measures_of_a_claim_are_the_outcomes(project: Path) -> None:
     kept = np.where(rows["needs_reasoning"], rows["exact"], 0), np.where(rows["needs_reasoning"], rows["images"], 0)
     statistics = Statistics(seed=0, resamples=500)
     assert statistics.value(Measure(*kept))["value"] == statistics.value(measure(part, "exact"))["value"]
+
+
+def test_a_run_that_a_scale_refuses_does_not_stop_its_report(tmp_path):
+    """Half of smoke's prompts are none for each of two processes in each of two updates."""
+    shutil.copytree(ROOT / "params", tmp_path / "params")
+    everything = run_settings("smoke", tmp_path)
+    scale = tmp_path / "params" / "scales" / "smoke.yaml"
+    scale.write_text(scale.read_text().replace("processes: 1", "processes: 2"))
+    with pytest.raises(ValueError, match="nearest valid values"):
+        load_config("smoke", run="group_16", root=tmp_path)
+    assert set(everything) - set(run_settings("smoke", tmp_path)) == {"group_16", "group_24"}

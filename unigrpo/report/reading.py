@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,14 @@ def absence(folder: Path) -> str | None:
 
 
 def run_settings(scale: str, root: Path) -> dict[str, dict[str, Any]]:
-    """Run -> its params at this scale, dotted keys, without what no run may change."""
-    runs = read_yaml(root / "params" / "runs.yaml")
-    return {run: {key: value for key, value in flatten(load_config(scale, run=run, root=root).model_dump(mode="json")).items()
-                  if key != "run"} for run in runs}
+    """Run -> its params at this scale, dotted keys, without what no run may change. Runs that this scale's numbers refuse, such
+    as half of its prompts for two processes, cannot have run and are left out."""
+    found = {}
+    for run in read_yaml(root / "params" / "runs.yaml"):
+        with suppress(ValueError):
+            params = load_config(scale, run=run, root=root).model_dump(mode="json")
+            found[run] = {key: value for key, value in flatten(params).items() if key != "run"}
+    return found
 
 
 def read_checkpoint(folder: Path, name: str, *, pictures: bool = True) -> Checkpoint:
