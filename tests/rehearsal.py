@@ -22,8 +22,8 @@ def without_results(project: Path, folder: Path, **compute: Any) -> Path:
     shutil.copytree(project, folder, symlinks=True, ignore=shutil.ignore_patterns(*LEFT))
     path = folder / "params" / "base.yaml"
     params = yaml.safe_load(path.read_text())
-    params["compute"] |= compute
-    params["compute"]["remote"] |= QUICK | compute.get("remote", {})
+    remote = params["compute"]["remote"] | QUICK | compute.get("remote", {})
+    params["compute"] |= compute | {"remote": remote}
     path.write_text(yaml.safe_dump(params, sort_keys=False))
     return folder
 
