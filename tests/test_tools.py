@@ -196,7 +196,7 @@ def test_plots_are_drawn_without_a_network(together, tmp_path):
     run_in(together, "dvc", "plots", "show", "-o", str(tmp_path / "plots"))
     with Page(program, *SIZE) as page:
         page.open((tmp_path / "plots" / "index.html").as_uri(), "unigrpo/0/outcomes.csv", "of each prompt_id, in order of size")
-        assert page.js("document.querySelectorAll('svg').length") >= 3 * 12
+        page.wait_for("document.querySelectorAll('svg').length >= 3 * 12")  # drawn one after another as the page is read
         first = "document.querySelector('#artifacts_smoke_unigrpo_0_curves_csv')"
         before = page.js(f"{first}.querySelector('polyline').getAttribute('points')")
         page.js(f"(() => {{ const s = {first}.querySelector('select'); s.value = 'text/entropy'; s.onchange(); }})()")
