@@ -16,6 +16,8 @@ from metaflow import FlowSpec, Parameter, current, package_sources
 
 PROVENANCE = ("git_commit", "git_dirty", "dvc_stage", "dvc_exp", "dvc_lock_sha256", "params_sha256", "inputs_sha256")
 CODE, SUFFIXES = ("unigrpo", "params"), (".py", ".yaml", ".txt", ".sha256")  # what travels with flows/ to other machines
+FIRST = ("reward/mean", "reward/zero_std_groups", "probe/", "thinking/length", "text/entropy", "text/clip_fraction",
+         "image/clip_fraction", "image/velocity_mse", "sentinel/alarms", "mismatch/")  # what a card shows before other metrics
 KNOWN = json.loads(os.environ.get("UNIGRPO_PROVENANCE") or "{}")  # set by the launcher where a flow is deployed
 
 
@@ -173,14 +175,18 @@ def free_port() -> int:
 
 
 def curves_figure(path: Path) -> Any:
-    """Every column of a curves.csv against its step, one small plot each."""
+    """The columns of a curves.csv that move against their step, a small plot each: 24 of them, FIRST before others."""
     import matplotlib.pyplot as plt
     import pandas as pd
 
     curves = pd.read_csv(path)
-    columns = [column for column in curves.columns if column != "step"][:24]
+    columns = [column for column in curves.columns if column != "step" and curves[column].nunique() > 1]
+    columns.sort(key=lambda column: next((i for i, part in enumerate(FIRST) if column.startswith(part)), len(FIRST)))
+    columns = columns[:24]
     rows = max(1, -(-len(columns) // 4))
-    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.2 * rows), squeeze=False, constrained_layout=True)
+    # Fixed margins: constrained_layout draws everything once more to find them, which took as long as all the rest.
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.2 * rows), squeeze=False)
+    figure.subplots_adjust(left=0.04, right=0.99, bottom=0.3 / (2.2 * rows), top=1 - 0.3 / (2.2 * rows), wspace=0.2, hspace=0.4)
     for axis in axes.flat:
         axis.set_visible(False)
     for axis, column in zip(axes.flat, columns, strict=False):
