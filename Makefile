@@ -105,6 +105,7 @@ ui: store
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false .venv/bin/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db --default-artifact-root $(CURDIR)/mlartifacts --port $(PORT)
 
 lock-status: .venv/.stamp
+	@$(DVC) repro --quiet code
 	@$(DVC) status
 
 clean:

@@ -26,6 +26,7 @@ try:
     import surroundings
     from process import LAUNCHER, die_with_parent
 
+    from unigrpo.closure import changed_files
     from unigrpo.config import Config, load_config
     from unigrpo.digests import sha256_inputs, sha256_json, sha256_path
     from unigrpo.preemption import PREEMPTED
@@ -114,6 +115,14 @@ def check_remote(config: Config) -> None:
                          "or configure Metaflow (docs/cluster.md)")
 
 
+def check_code(stage: str) -> None:
+    """Where DVC starts the stage: the code that will run is what its lock will name. Raises ValueError naming files."""
+    if "DVC_STAGE" in os.environ and (files := changed_files(ROOT, stage)):
+        raise ValueError(f"artifacts/code/{stage}.json, which dvc.lock would name, is of other code: {', '.join(files[:3])}"
+                         f"{f' and {len(files) - 3} more' * (len(files) > 3)} changed since; run `dvc repro code` first, as "
+                         "`dvc repro` without -s does")
+
+
 def run_flow(job: Job, config: Config) -> int:
     """Run the stage's flow on this machine and wait for it. Returns its exit status, or 75 where SIGTERM has ended it."""
     fields = [part for key, value in provenance(job, config).items() for part in (f"--{key}", value)]
@@ -185,6 +194,7 @@ def main(arguments: list[str]) -> int:
         if whole:
             return experiment(arguments[1], arguments[2:])
         job = parse_name(arguments[0], arguments[1], ROOT)
+        check_code(job.stage)
         config = load_config(job.scale, run=job.run, seed=job.seed or 0, root=ROOT)
         check_remote(config)
         with hold(ROOT / STATE / "locks" / f"{job.stage}-{job.name}.lock", f"{job.stage} {job.name}"):

@@ -13,6 +13,7 @@ from graph import branches
 from places import ROOT
 from store import Store
 
+from unigrpo.closure import write_digests
 from unigrpo.config import load_config
 from unigrpo.digests import sha256_json
 from unigrpo.stages import parse_name
@@ -36,7 +37,7 @@ def send(scale: str) -> str:
 
 
 def fetch(scale: str, run: str) -> int:
-    """Bring a run's files to the workspace. Returns how many."""
+    """Bring a run's files to the workspace, and write the digests of the code beside them. Returns how many came."""
     store = Store.configured()
     files = store.get_json(f"runs/{run}.json")
     if files is None:
@@ -45,6 +46,7 @@ def fetch(scale: str, run: str) -> int:
     made = (f"artifacts/{scale}/", remote.MADE[1])
     wanted = {name: (str(sha), int(size)) for name, (sha, size) in files.items() if name.startswith(made)}
     remote.put_outputs(store, wanted)
+    write_digests(ROOT)
     return len(wanted)
 
 

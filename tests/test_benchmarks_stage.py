@@ -16,7 +16,7 @@ from small import ROOT, small_config, small_policy, small_prompts
 from vqa_models import save_owlv2
 
 from unigrpo.cli import main
-from unigrpo.closure import module_files, stage_files
+from unigrpo.closure import module_files, stage_digests
 from unigrpo.config import load_config
 from unigrpo.digests import sha256_path
 from unigrpo.evaluate import GRID
@@ -122,7 +122,7 @@ def check_compbench(root: Path, table: pd.DataFrame, metrics: dict[str, float]) 
 def test_shapes_alone_leave_an_empty_folder_and_reach_no_scorer(root: Path) -> None:
     """What scale tiny has; and both kinds of benchmark in one evaluation give the same numbers as each alone."""
     reached = {"unigrpo/stages/benchmarks.py", "unigrpo/evaluation/backends/cache.py", "unigrpo/evaluation/t2i_score.py"}
-    assert not reached & set(stage_files(ROOT, "evaluate"))
+    assert not reached & set(stage_digests(ROOT, "evaluate"))
     assert reached <= set(module_files(ROOT, evaluate.OTHERS))
     write_records(root / "artifacts" / "smoke" / "prompts" / "eval.jsonl", small_prompts(3))
     set_params(root, prompts=3)

@@ -71,7 +71,7 @@ def test_a_second_repro_runs_nothing(project):
 @pytest.mark.parametrize(("file", "change", "stale"), [
     ("runs.yaml", lambda c: c["other"]["optim"].update(understanding_lr=3.0e-4), {"train@smoke-other-0"}),
     ("scales/smoke.yaml", lambda c: c["sft"].update(steps=5), {
-        "curate@smoke", "sft@smoke", "train@smoke-unigrpo-0", "train@smoke-other-0", "report@smoke-main"}),
+        "curate@smoke", "sft@smoke", "report@smoke-main"}),
     ("scales/smoke.yaml", lambda c: c["evaluate"].update(gallery=5), {
         "evaluate@smoke-base", "evaluate@smoke-sft", "evaluate@smoke-unigrpo-0", "report@smoke-main"}),
     ("scales/smoke.yaml", lambda c: c["report"].update(gallery=5), {"report@smoke-main"}),
@@ -152,8 +152,8 @@ def test_the_whole_graph_as_one_flow_leaves_the_same_lock(project, tmp_path):
     run_in(folder, "dvc", "commit", "--force")
     here, there = lock_of(project), lock_of(folder)
     alone = "experiments@smoke"  # the report of this one training, which the project's own lists beside another
-    assert set(there) == {alone, "curate@smoke", "base@smoke", "sft@smoke", "train@smoke-unigrpo-0", "evaluate@smoke-base",
-                          "evaluate@smoke-sft", "evaluate@smoke-unigrpo-0", "report@smoke-main"}
+    assert set(there) == {alone, "code", "curate@smoke", "base@smoke", "sft@smoke", "train@smoke-unigrpo-0",
+                          "evaluate@smoke-base", "evaluate@smoke-sft", "evaluate@smoke-unigrpo-0", "report@smoke-main"}
     assert {**there, alone: None} == {name: None if name == alone else here[name] for name in there}
     made = folder / "artifacts" / "smoke" / "experiments"
     digest = sha256_path(made)
@@ -174,7 +174,7 @@ def test_through_a_datastore_the_lock_is_the_same(project, tmp_path):
     assert "train smoke-unigrpo-0: an earlier attempt's progress came from the datastore" in output
     assert "train smoke-unigrpo-0: going on from" in output
     here, there = lock_of(project), lock_of(folder)
-    assert len(there) == 8
+    assert len(there) == 9
     assert there == {name: here[name] for name in there}
     assert not list((tmp_path / "rehearsals").glob("unigrpo-*"))
     with sqlite3.connect(folder / "mlflow.db") as connection:  # records came back, and the killed run is one run

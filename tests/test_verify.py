@@ -12,7 +12,8 @@ import yaml
 from report_inputs import write_artifacts
 
 from unigrpo.cli import main
-from unigrpo.commands.rerun import compare_intervals, md5_path
+from unigrpo.commands.rerun import compare_intervals
+from unigrpo.dvcfiles import dvc_md5
 from unigrpo.evaluation.outcomes import read_outcomes, write_outcomes
 from unigrpo.report.blocks import BLOCKS, marks
 from unigrpo.report.readme import write_readme
@@ -172,7 +173,7 @@ def locked(root: Path, code: str) -> None:
     (root / "in" / "a.txt").write_text("1\n")
     digest = hashlib.md5(b"12\n").hexdigest()
     (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"make@x": {
-        "cmd": "python flows/make.py", "deps": [{"path": "in", "md5": md5_path(root / "in")}],
+        "cmd": "python flows/make.py", "deps": [{"path": "in", "md5": dvc_md5(root / "in")}],
         "outs": [{"path": "out.txt", "md5": digest}]}}}))
 
 
@@ -212,7 +213,7 @@ def test_digests_are_dvcs() -> None:
     lock = yaml.safe_load((PROJECT / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     outs = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
     path = "artifacts/tiny/curate.json"
-    assert md5_path(PROJECT / path) == outs[path]
+    assert dvc_md5(PROJECT / path) == outs[path]
 
 
 # -------------------------------------------------------------------------------------------------- what is committed

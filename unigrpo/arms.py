@@ -68,6 +68,18 @@ def list_arms(root: Path, scale: str) -> list[Arm]:
     return found
 
 
+def digest_code(root: Path) -> None:
+    """Bring the stage `code` up to date, on which DVC's judgement rests. Raises ValueError with DVC's words where it fails."""
+    done = subprocess.run([*DVC, "repro", "code"], cwd=root, env=stage_environment(), capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"dvc repro code failed: {done.stderr.strip()}")
+
+
+def stage_environment() -> dict[str, str]:
+    """This environment, in which `python` of dvc.yaml is this one, also where none was activated."""
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+
+
 def stale(root: Path, arms: Sequence[Arm]) -> set[str]:
     """The stages that are not up to date, as DVC sees it. Raises ValueError with DVC's words where it cannot say."""
     # Of everything, since DVC walks the whole graph for each stage that is named: minutes for seventy of them.
@@ -96,8 +108,7 @@ def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str]
     todo, start, ended, spent = list(arms), time.monotonic(), 0.0, 0.0
     running: list[Running] = []
     failed: dict[str, str] = {}
-    python = str(Path(sys.executable).parent)  # `python` in dvc.yaml is this one, also without an activated environment
-    environment = {**os.environ, "PATH": os.pathsep.join([python, os.environ.get("PATH", "")])}
+    environment = stage_environment()
 
     def launch(arm: Arm, stage: int, log: IO[bytes]) -> Running:
         process = subprocess.Popen(command(arm.stages[stage]), cwd=root, env=environment, stdin=subprocess.DEVNULL,
@@ -177,6 +188,7 @@ def run_experiments(root: Path, scale: str, jobs: int | None, only: Sequence[str
     if unknown := sorted(set(only or ()) - {arm.name for arm in arms}):
         raise ValueError(f"an arm must be one of {[arm.name for arm in arms]}, got {unknown}")
     arms = [arm for arm in arms if not only or arm.name in only]
+    digest_code(root)
     if show:
         return len(run_arms(root, arms, slots, show=True))
     old = stale(root, arms)

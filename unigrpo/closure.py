@@ -1,13 +1,23 @@
-"""Which modules a stage imports, directly or not: read from the source, so that dvc.yaml can name them."""
+"""Which modules a stage imports, directly or not, read from the source; `python -m unigrpo.closure` is dvc.yaml's stage `code`.
+
+It writes artifacts/code/<stage>.json, a line per module that can move the stage's numbers, and each stage depends on its one
+file: DVC writes no list of seventy modules into every entry of dvc.lock, and `git diff artifacts/code` shows what made a stage
+stale.
+"""
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from unigrpo.digests import RECORDERS
+from unigrpo.digests import RECORDERS, sha256_inputs
+from unigrpo.stages import STAGES
+
+CODE = "artifacts/code"
 
 
 def module_file(root: Path, module: str) -> Path | None:
@@ -24,7 +34,7 @@ def imports(root: Path, module: str) -> set[str]:
     file = module_file(root, module)
     assert file is not None, module
     names: set[str] = set()
-    for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((root / file).read_text(encoding="utf-8"), file.as_posix())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -57,13 +67,35 @@ def module_files(root: Path, module: str) -> list[str]:
     return sorted(file.as_posix() for file in files if file is not None and (root / file).read_text(encoding="utf-8").strip())
 
 
-def stage_files(root: Path, stage: str) -> list[str]:
-    """The files a stage depends on in dvc.yaml."""
-    return module_files(root, f"unigrpo.stages.{stage}")
-
-
 def files_digest(root: Path, files: Iterable[str]) -> str:
     """16 hex digits: sha256 over names and bytes of files, whatever their order; "none" where there are none."""
     names = sorted(set(files))
     content = "".join(f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n" for name in names)
     return hashlib.sha256(content.encode()).hexdigest()[:16] if names else "none"
+
+
+def stage_digests(root: Path, stage: str) -> dict[str, str]:
+    """The content of artifacts/code/<stage>.json: file -> sha256."""
+    return sha256_inputs(root, module_files(root, f"unigrpo.stages.{stage}"))
+
+
+def changed_files(root: Path, stage: str) -> list[str]:
+    """The modules of a stage that are not as artifacts/code/<stage>.json says, those that came or went among them."""
+    path = root / CODE / f"{stage}.json"
+    written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return sorted({file for file, _ in written.items() ^ stage_digests(root, stage).items()})
+
+
+def write_digests(root: Path) -> None:
+    """Write the digests of every stage's code. Raises SyntaxError, naming file and line, where a module cannot be read."""
+    texts = {stage: json.dumps(stage_digests(root, stage), indent=1) + "\n" for stage in STAGES}
+    (root / CODE).mkdir(parents=True, exist_ok=True)
+    for stage, text in texts.items():
+        (root / CODE / f"{stage}.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        write_digests(Path.cwd())
+    except SyntaxError as error:
+        sys.exit(f"{error.filename}, line {error.lineno}: {error.msg}")

@@ -1,10 +1,10 @@
 """The list of trainings and evaluations that dvc.yaml expands, written from the sets of params/sets.yaml.
 
 A foreach over a dict can hold ragged arms where a matrix is a full product. DVC cannot fan in over such a dict, so the
-inputs of the experiments' report are written into dvc.yaml, between two marks, by the same command; and so are the modules
-each stage depends on.
+inputs of the experiments' report are written into dvc.yaml, between two marks, by the same command.
 
-Scorers and rewards that a stage reaches by name are in none of these lists, or every edit of them would make every stage stale.
+Scorers and rewards that a stage reaches by name are not in its import closure (unigrpo/closure.py), or every edit of them would
+make every stage stale.
 Where params name them, `scorers` of an item is a digest of their code, which dvc.yaml has the stage depend on.
 """
 
@@ -18,16 +18,17 @@ from typing import Any
 
 import yaml
 
-from unigrpo.closure import files_digest, module_files, stage_files
+from unigrpo.closure import files_digest, module_files
 from unigrpo.config import Config, load_config, read_yaml
+from unigrpo.digests import sha256_json
 from unigrpo.schema import SIZED_REWARD
 from unigrpo.schema_benchmarks import SHAPES
-from unigrpo.stages import CELLS, EXPERIMENT, SETS, STAGES, report_inputs
+from unigrpo.stages import CELLS, EXPERIMENT, SETS, report_inputs
 
 HEADER = """\
 # The trainings and evaluations that dvc.yaml expands. Written by
 #   unigrpo experiment write {arguments}
-# which also writes the marked lists of dvc.yaml. Edit params/runs.yaml, params/sets.yaml and write again.
+# which also writes the marked list of dvc.yaml. Edit params/runs.yaml, params/sets.yaml and write again.
 """
 OPEN, CLOSE = "# >>> unigrpo experiment write: ", "# <<<"
 
@@ -152,9 +153,10 @@ def training_scorers(root: Path, config: Config) -> str:
         elif SPECIFICATION.fullmatch(word):
             path = Path(*word.partition(":")[0].split("."))
             files |= {file.as_posix() for file in (path.with_suffix(".py"), path / "__init__.py") if (root / file).is_file()}
-    if config.train.method == "sft":
-        files |= set(module_files(root, "unigrpo.stages.longer"))
-    return files_digest(root, files)
+    if config.train.method != "sft":
+        return files_digest(root, files)
+    files |= set(module_files(root, "unigrpo.stages.longer"))  # and its section of params, which no other training reads
+    return sha256_json([files_digest(root, files), config.sft.model_dump(mode="json")])[:16]
 
 
 def words(value: Any) -> Iterator[str]:
@@ -195,19 +197,16 @@ def replace_list(text: str, label: str, items: Sequence[str]) -> str:
     return "\n".join([*lines[:opens[0] + 1], *(f"{indent}- {item}" for item in items), *lines[close:]]) + "\n"
 
 
-def render_graph(root: Path, text: str, request: Request) -> str:
-    """dvc.yaml with all its marked lists as they should be."""
-    for stage in STAGES:
-        text = replace_list(text, f"code of {stage}", stage_files(root, stage))
-    text = replace_list(text, "code of experiments", stage_files(root, "report"))
+def render_graph(text: str, request: Request) -> str:
+    """dvc.yaml with its marked list as it should be."""
     return replace_list(text, "inputs of experiments", experiments_deps(request))
 
 
 def write(root: Path, request: Request) -> list[Path]:
-    """Write params/experiment.yaml and the marked lines of dvc.yaml. Returns the files that changed."""
+    """Write params/experiment.yaml and the marked list of dvc.yaml. Returns the files that changed."""
     dvc_yaml = root / "dvc.yaml"
     new = {root / EXPERIMENT: render(root, request),
-           dvc_yaml: render_graph(root, dvc_yaml.read_text(encoding="utf-8"), request)}
+           dvc_yaml: render_graph(dvc_yaml.read_text(encoding="utf-8"), request)}
     changed = [path for path, text in new.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in changed:
         path.write_text(new[path], encoding="utf-8")

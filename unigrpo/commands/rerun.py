@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -14,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CODE = ("unigrpo", "flows", "params", "dvc.yaml", "dvc.lock", "pyproject.toml", "constraints.txt")
+from unigrpo.closure import CODE, write_digests
+from unigrpo.dvcfiles import dvc_md5
+
+COPIED = ("unigrpo", "flows", "params", "dvc.yaml", "dvc.lock", "pyproject.toml", "constraints.txt")
 REMEDY = "restore it with `dvc checkout`, or make it with `dvc repro`"
 
 
@@ -68,7 +69,7 @@ def entry(stages: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def copy_code(root: Path, copy: Path) -> None:
     """What every stage reads beside its inputs."""
-    for name in CODE:
+    for name in COPIED:
         if (root / name).is_dir():
             shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".metaflow"))
         elif (root / name).is_file():
@@ -77,11 +78,13 @@ def copy_code(root: Path, copy: Path) -> None:
 
 def copy_inputs(root: Path, copy: Path, stage: Mapping[str, Any], *, keep: bool = False) -> None:
     """The stage's inputs, each checked against dvc.lock; `keep`: those that are in the copy already stay."""
+    if any(dep["path"].startswith(CODE) for dep in stage["deps"]):
+        write_digests(copy)  # of the code that will run
     for dep in stage["deps"]:
-        path, target = root / dep["path"], copy / dep["path"]
+        path, target = (copy if dep["path"].startswith(CODE) else root) / dep["path"], copy / dep["path"]
         if not path.exists():
             raise ValueError(f"{path}, an input, is missing; {REMEDY}")
-        if md5_path(path) != dep["md5"]:
+        if dvc_md5(path) != dep["md5"]:
             print(f"note: {dep['path']} is not what dvc.lock names, so other bytes may come", file=sys.stderr, flush=True)
         if target.exists():
             continue
@@ -105,21 +108,12 @@ def run_command(copy: Path, command: str) -> None:
         raise ValueError(f"{command} exited {done.returncode} in the copy")
 
 
-def md5_path(path: Path) -> str:
-    """DVC's digest: md5 of a file's bytes, or of a folder's list of files with theirs."""
-    if path.is_file():
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    rows = [{"md5": md5_path(file), "relpath": file.relative_to(path).as_posix()} for file in path.rglob("*") if file.is_file()]
-    text = json.dumps(sorted(rows, key=lambda row: row["relpath"]), sort_keys=True)
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"
-
-
 def compare_bytes(copy: Path, outs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every output has the bytes that dvc.lock names; a line each."""
     same = True
     for out in outs:
         path = copy / out["path"]
-        found = md5_path(path) if path.exists() else "missing"
+        found = dvc_md5(path) or "missing"
         same &= found == out["md5"]
         print(f"{'same ' if found == out['md5'] else 'OTHER'}  {out['path']}  {found}"
               + ("" if found == out["md5"] else f", dvc.lock names {out['md5']}"), flush=True)
