@@ -95,12 +95,14 @@ def backend() -> str:
     return wanted
 
 
-def check_remote(config: Config) -> None:
-    """What a cluster needs that no default can know. Raises ValueError naming all of it."""
+def check_remote(config: Config, *stages: str) -> None:
+    """What a cluster needs that no default can know, and whether its machines can share the stages. Raises ValueError naming
+    all of it."""
     remote, where = config.compute.remote, backend()
     if where == "local":
         return
-    surroundings.per_node(config.compute.processes, remote.nodes)
+    for stage in set(stages) & set(SHARED):
+        surroundings.per_node(config.processes(stage), remote.nodes, config.processes_key(stage))
     if where == "rehearsal":
         return
     from metaflow import metaflow_config  # the environment, or the file that `metaflow configure` wrote
@@ -167,7 +169,7 @@ def experiment(scale: str, arguments: list[str]) -> int:
         raise ValueError(f"{arguments[0]} runs steps on {deployer}, got UNIGRPO_BACKEND={asked}; unset it")
     os.environ["UNIGRPO_BACKEND"] = deployer or ("rehearsal" if asked == "local" else asked)  # its files always move
     config = load_config(scale, root=ROOT)
-    check_remote(config)
+    check_remote(config, *SHARED)
     facts = provenance(parse_name("curate", scale, ROOT), config) | {"params_sha256": "", "inputs_sha256": ""}
     env = environment(config, os.environ) | surroundings.told(facts)
     sent = subprocess.run([sys.executable, str(ROOT / "flows" / "transfer.py"), "send", scale], cwd=ROOT, env=env, text=True,
@@ -196,7 +198,7 @@ def main(arguments: list[str]) -> int:
         job = parse_name(arguments[0], arguments[1], ROOT)
         check_code(job.stage)
         config = load_config(job.scale, run=job.run, seed=job.seed or 0, root=ROOT)
-        check_remote(config)
+        check_remote(config, job.stage)
         with hold(ROOT / STATE / "locks" / f"{job.stage}-{job.name}.lock", f"{job.stage} {job.name}"):
             status = run_flow(job, config)
     except ValueError as error:

@@ -48,11 +48,11 @@ def processes(config: Config, stage: str) -> int:
     return config.processes(stage) if stage in SHARED else 1
 
 
-def per_node(processes: int, nodes: int) -> int:
-    """How many processes each machine starts. Raises ValueError where they do not spread evenly."""
+def per_node(processes: int, nodes: int, key: str = "compute.processes") -> int:
+    """How many of a stage's processes each machine starts. Raises ValueError, naming `key`, where they do not spread evenly."""
     if processes % nodes:
         near = sorted({max(nodes, processes - processes % nodes), processes + nodes - processes % nodes})
-        raise ValueError(f"compute.processes={processes} must be a multiple of compute.remote.nodes={nodes}: every machine "
+        raise ValueError(f"{key}={processes} must be a multiple of compute.remote.nodes={nodes}: every machine "
                          f"starts as many; the nearest valid values are {near}")
     return processes // nodes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 import time
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from small import ROOT, small_config, small_policy, small_prompts
 
 from unigrpo.arms import Arm, explain, list_arms, note_failures, run_arms
-from unigrpo.evaluate import GRIDS, grid_images
+from unigrpo.evaluate import GRID, GRIDS, grid_images
 from unigrpo.evaluation.controls import read_understanding, thinking_effects
 from unigrpo.evaluation.outcomes import read_outcomes
 from unigrpo.experiment import RunSet, expand, make_request, read_sets, render, written_request
@@ -36,8 +37,8 @@ def test_every_arm_is_in_a_set_and_claims_come_first():
     assert [arm[1] for arm in request.arms()][:15] == [0, 1, 2] + [0] * 4 + [1] * 4 + [2] * 4   # a set's arms a seed at a time
     for (run, seed), cells in request.arms().items():
         sweep = run in {name for label, part in sets.items() if label.startswith("sweep") for name in part["runs"]}
-        whole = run in ("unigrpo", "cfg_rollout", "no_regularizer")  # compared in other cells too
-        assert cells == ("all" if whole else "headline")
+        wanted = {"unigrpo": "all", "cfg_rollout": "guidance", "no_regularizer": "guidance"}  # compared in other cells too
+        assert cells == wanted.get(run, "headline")
         assert not sweep or (seed == 10 and runs[run]["times"]["train.num_steps"] == 0.25)
 
 
@@ -56,12 +57,12 @@ def test_impossible_requests_are_refused(tmp_path):
         with pytest.raises(ValueError, match=wanted):
             make_request(ROOT, ["tiny"], **arguments)
     request = make_request(ROOT, ["tiny"], sets=["claim_1"])
-    request = type(request)(request.scales, (*request.sets, RunSet(("text_only",), (0,), "all")), "")
-    with pytest.raises(ValueError, match="two sets"):
-        request.arms()
+    more = type(request)(request.scales, (*request.sets, RunSet(("text_only",), (0, 1), "guidance")), "").arms()
+    assert [more["text_only", seed] for seed in (0, 1, 2)] == ["guidance", "guidance", "headline"]
+    assert list(more) == list(request.arms())
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "sets.yaml").write_text("a: {runs: [unigrpo], seeds: [0], cells: some}\n")
-    with pytest.raises(ValueError, match="all or headline"):
+    with pytest.raises(ValueError, match=r"one of \['all', 'guidance', 'headline'\]"):
         read_sets(tmp_path)
 
 
@@ -104,6 +105,8 @@ def test_cells_of_an_evaluation(project):
     assert tuple(GRIDS) == CELLS
     config = small_config()
     assert grid_images(config, GRIDS["headline"]) == config.evaluate.prompts * config.evaluate.images_per_prompt
+    assert GRID[0] == GRIDS["guidance"][0] == GRIDS["headline"][0]
+    assert set(GRIDS["headline"]) < set(GRIDS["guidance"]) < set(GRIDS["all"])
     path = project / "params" / "experiment.yaml"
     content = yaml.safe_load(path.read_text())
     assert parse_name("evaluate", "tiny-short-10", project).arguments["cells"] == "headline"
@@ -138,13 +141,22 @@ def test_arms_of_a_scale():
 def test_arms_run_in_pairs_and_a_failure_stops_no_other(tmp_path):
     """At most two at a time, an arm's stages in a row; the failed one is named with what it said."""
     arms = [Arm(f"a{i}", (f"train@a{i}", f"evaluate@a{i}"), 1.0) for i in range(5)]
-    script = ("import os, sys, time; stage = sys.argv[1]; log = open('events', 'a'); "
-              "log.write('+' + stage + '\\n'); log.flush(); time.sleep(0.15); log.write('-' + stage + '\\n'); log.close(); "
-              "print('no room for', stage); sys.exit(stage == 'train@a1')")
+    script = textwrap.dedent("""
+        import sys, time
+        for stage in sys.argv[1:]:
+            print(f"Running stage '{stage}':", flush=True)
+            for sign in "+-":
+                with open("events", "a") as log:
+                    log.write(f"{sign}{stage}\\n")
+                time.sleep(0.15 * (sign == "+"))
+            print("no room for", stage)
+            if stage in ("train@a1", "evaluate@a3"):
+                sys.exit(1)
+    """)
     said = []
-    failed = run_arms(tmp_path, arms, 2, say=said.append, command=lambda stage: [sys.executable, "-c", script, stage],
+    failed = run_arms(tmp_path, arms, 2, say=said.append, command=lambda arm: [sys.executable, "-c", script, *arm.stages],
                       pause=0.01)
-    assert failed == {"a1": "train@a1"}
+    assert failed == {"a1": "train@a1", "a3": "evaluate@a3"}
     events = (tmp_path / "events").read_text().split()
     assert "+evaluate@a1" not in events
     assert sum(event[0] == "+" for event in events) == 9
@@ -155,7 +167,7 @@ def test_arms_run_in_pairs_and_a_failure_stops_no_other(tmp_path):
     assert events.index("+evaluate@a0") < events.index("+train@a3")             # finished arms are complete early
     assert any(line.startswith("a1: FAILED in train@a1; ") for line in said)
     assert "5 of 5 arms" in said[-1]
-    assert said[-1].endswith("1 failed, about 0:00 left")
+    assert said[-1].endswith("2 failed, about 0:00 left")
     assert "no room for train@a1" in explain(tmp_path, failed)
 
 
@@ -169,7 +181,7 @@ def test_an_interrupted_experiment_leaves_nothing_running(tmp_path):
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_arms(tmp_path, arms, 2, say=stop, command=lambda stage: [sys.executable, "-c", script], pause=0.01)
+        run_arms(tmp_path, arms, 2, say=stop, command=lambda arm: [sys.executable, "-c", script], pause=0.01)
     assert time.monotonic() - start < 10
     assert not (tmp_path / "late").exists()
 

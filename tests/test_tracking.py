@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,7 +21,8 @@ from bad_servers import WAYS, bad_server
 from filelock import FileLock
 
 from unigrpo import tracking
-from unigrpo.journal import Journal, open_client, prepare_store, replaced
+from unigrpo.courier import ADDRESS, shared_courier
+from unigrpo.journal import Journal, experiment_id, open_client, prepare_store, replaced
 from unigrpo.tracking import track
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,6 +257,79 @@ def test_a_killed_stage_leaves_no_courier_behind(tmp_path):
         assert time.monotonic() < deadline, "the courier outlived its stage"
         time.sleep(0.05)
     assert rows(tmp_path, "select status from runs") == [("RUNNING",)]
+
+
+SHARING = """
+import os, signal, sys
+from pathlib import Path
+from unigrpo.tracking import COURIERS, start_courier, track
+root, name, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+start_courier(root)
+courier, = COURIERS.values()
+assert courier.process is None
+with track("train", name, {"scale": "smoke", "seed": 0}, {}, root) as tracker:
+    tracker.log_metrics(0, {"reward/mean": 0.5})
+    if what == "stage dies":
+        courier.deliver("send", tracker.journal.key)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "courier dies":
+        print("now", flush=True)
+        sys.stdin.readline()
+print("mlflow" in sys.modules, tracker.down)
+"""
+
+
+def sharing(root: Path, name: str, what: str, address: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", SHARING, str(root), name, what], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, env={**os.environ, ADDRESS: address})
+
+
+def test_stages_share_one_that_sends(tmp_path):
+    """Six at once, of two projects; the seventh is killed, and the next one tells that."""
+    other = tmp_path / "other"
+    other.mkdir()
+    with shared_courier(tmp_path) as address:
+        stages = [sharing(root, f"x{i}", "nothing", address) for i in range(3) for root in (tmp_path, other)]
+        assert [stage.communicate()[0].split() for stage in stages] == [["False", "False"]] * 6
+        killed = sharing(tmp_path, "y", "stage dies", address)
+        killed.communicate()
+        assert killed.returncode == -9
+        assert rows(tmp_path, "select status from runs where name = 'train/y'") == [("RUNNING",)]
+        sharing(tmp_path, "z", "nothing", address).communicate()
+    assert not Path(address).exists()
+    finished = [("train/x0", "FINISHED"), ("train/x1", "FINISHED"), ("train/x2", "FINISHED")]
+    assert rows(other, "select name, status from runs order by name") == finished
+    assert rows(tmp_path, "select name, status from runs order by name") == [
+        *finished, ("train/y", "KILLED"), ("train/z", "FINISHED")]
+
+
+def test_where_the_shared_one_dies_a_stage_sends_itself_and_the_next_starts_its_own(tmp_path, monkeypatch):
+    with shared_courier(tmp_path) as address:
+        stage = sharing(tmp_path, "x", "courier dies", address)
+        assert stage.stdout.readline() == "now\n"
+        courier, = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline")
+                    if b"carry_for_all" in path.read_bytes() and str(tmp_path).encode() in path.read_bytes()]
+        os.kill(courier, signal.SIGKILL)
+        assert stage.communicate("\n")[0].split() == ["True", "False"]
+        assert rows(tmp_path, "select name, status from runs") == [("train/x", "FINISHED")]
+        monkeypatch.setenv(ADDRESS, f"{address}-gone")
+        tracking.start_courier(tmp_path)
+        with track("train", "z", CONFIG, {}, tmp_path) as tracker:
+            assert tracker.courier.process.poll() is None
+    assert rows(tmp_path, "select count(*) from runs where status = 'FINISHED'") == [(2,)]
+
+
+def test_no_request_is_begun_for_a_stage_that_has_gone(tmp_path, monkeypatch):
+    """It hangs up while the first of its requests is on its way: the rest waits for whoever sends next."""
+    here, there = socket.socketpair()
+    monkeypatch.setattr("unigrpo.journal.experiment_id", lambda *given: here.close() or experiment_id(*given))
+    with track("train", "x", CONFIG, {}, tmp_path) as tracker:
+        here.sendall(f"{tmp_path}\nsend {tracker.journal.key}\n".encode())
+        tracking.serve_connection(there)
+        assert rows(tmp_path, "select status from runs") == [("RUNNING",)]
+        assert rows(tmp_path, "select count(*) from params") == [(0,)]
+        assert tracker.journal.sent()["lines"] == 0
+    assert rows(tmp_path, "select count(*) from params") == [(3,)]
 
 
 def test_a_database_that_was_half_made_is_made_again(tmp_path, monkeypatch):

@@ -1,13 +1,14 @@
 """Running the experiments side by side: an arm trains, then is evaluated, so that what is finished is finished whole.
 
-DVC decides what is stale and keeps the lock; every stage is one `dvc --wait-for-lock repro -s NAME` (without waiting for the
-lock 5 of 12 parallel ones failed). Started again it goes on with what is not there yet. An arm that fails stops no other.
+DVC decides what is stale and keeps the lock; every arm is one `dvc --wait-for-lock repro -s STAGE ...` (without waiting for
+the lock 5 of 12 parallel ones failed). Started again it goes on with what is not there yet. An arm that fails stops no other.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from unigrpo.config import load_config
+from unigrpo.courier import ADDRESS, shared_courier
 from unigrpo.progress import duration
 from unigrpo.resume import STATE
 from unigrpo.stages import read_experiment
@@ -24,6 +26,7 @@ from unigrpo.stages import read_experiment
 DVC = (sys.executable, "-m", "dvc", "--wait-for-lock")
 FAILURE = "failed.json"
 TAIL = 5  # lines of a failed stage's output that are shown
+STARTED = re.compile(r"^Running stage '([^']+)'", re.MULTILINE)  # DVC's words
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,9 @@ class Arm:
 
 @dataclass
 class Running:
-    """An arm under way: the stage that runs now, and its process."""
+    """An arm under way, and its process."""
 
     arm: Arm
-    stage: int
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     started: float = field(default_factory=time.monotonic)
@@ -89,49 +91,52 @@ def stale(root: Path, arms: Sequence[Arm]) -> set[str]:
     return set(json.loads(done.stdout[done.stdout.index("{"):])) & {stage for arm in arms for stage in arm.stages}
 
 
-def command_of(stage: str) -> list[str]:
-    """What runs one stage."""
-    return [*DVC, "repro", "-s", stage]
+def command_of(arm: Arm) -> list[str]:
+    """What runs the stages of an arm, in their order, up to the first that fails."""
+    return [*DVC, "repro", "-s", *arm.stages]
+
+
+def last_stage(arm: Arm, log: Path) -> str:
+    """The stage of an arm that was started last, by what DVC said; its first where none was."""
+    started = STARTED.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return str(started[-1]) if started else arm.stages[0]
 
 
 def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str], None] = print,
-             command: Callable[[str], Sequence[str]] = command_of, pause: float = 0.2, show: bool = False) -> dict[str, str]:
+             command: Callable[[Arm], Sequence[str]] = command_of, pause: float = 0.2, show: bool = False,
+             courier: str | None = None) -> dict[str, str]:
     """Run arms, at most `slots` at a time, in their order; says a line whenever one has ended.
 
     Args:
-        command: stage -> what runs it. pause: seconds between looks at the processes. show: let the stages speak for
-            themselves, in place of a log and a line when an arm has ended.
-    Returns: name of a failed arm -> the stage that failed. Outputs are in .unigrpo/experiments/<name>.log.
+        command: what runs an arm. pause: seconds between looks at the processes. show: let the stages speak for
+            themselves, in place of a log and a line when an arm has ended. courier: address of one that they share.
+    Returns: name of a failed arm -> the stage that failed, its first with `show`, where no log tells. Outputs are in
+        .unigrpo/experiments/<name>.log.
     """
     logs = root / STATE / "experiments"
     logs.mkdir(parents=True, exist_ok=True)
     todo, start, ended, spent = list(arms), time.monotonic(), 0.0, 0.0
     running: list[Running] = []
     failed: dict[str, str] = {}
-    environment = stage_environment()
-
-    def launch(arm: Arm, stage: int, log: IO[bytes]) -> Running:
-        process = subprocess.Popen(command(arm.stages[stage]), cwd=root, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=None if show else log, stderr=None if show else subprocess.STDOUT)
-        return Running(arm, stage, process, log)
+    environment = stage_environment() | ({ADDRESS: courier} if courier else {})
 
     try:
         while todo or running:
             while todo and len(running) < slots:
                 arm = todo.pop(0)
-                running.append(launch(arm, 0, (logs / f"{arm.name}.log").open("wb")))
+                log = (logs / f"{arm.name}.log").open("wb")
+                process = subprocess.Popen(command(arm), cwd=root, env=environment, stdin=subprocess.DEVNULL,
+                                           stdout=None if show else log, stderr=None if show else subprocess.STDOUT)
+                running.append(Running(arm, process, log))
                 if not show:
                     say(f"{arm.name}: started")
             time.sleep(pause)
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
                 arm, spent = item.arm, spent + time.monotonic() - item.started
-                if item.process.returncode:
-                    failed[arm.name] = arm.stages[item.stage]
-                elif item.stage + 1 < len(arm.stages):
-                    running.append(launch(arm, item.stage + 1, item.log))
-                    continue
                 item.log.close()
+                if item.process.returncode:
+                    failed[arm.name] = last_stage(arm, Path(item.log.name))
                 ended += arm.work
                 left = sum(other.work for other in todo) + sum(other.arm.work for other in running)
                 count = len(arms) - len(todo) - len(running)
@@ -190,11 +195,13 @@ def run_experiments(root: Path, scale: str, jobs: int | None, only: Sequence[str
     arms = [arm for arm in arms if not only or arm.name in only]
     digest_code(root)
     if show:
-        return len(run_arms(root, arms, slots, show=True))
+        with shared_courier(root) as courier:
+            return len(run_arms(root, arms, slots, show=True, courier=courier))
     old = stale(root, arms)
     todo = [arm for arm in arms if old & set(arm.stages)]
     print(f"{len(arms)} arms, {len(arms) - len(todo)} of them up to date; {slots} at a time", flush=True)
-    failed = run_arms(root, todo, slots, say=lambda line: print(line, flush=True))
+    with shared_courier(root) as courier:
+        failed = run_arms(root, todo, slots, say=lambda line: print(line, flush=True), courier=courier)
     note_failures(root, scale, failed)
     if failed:
         print(explain(root, failed), file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ from unigrpo.types import PromptRecord
 GRID = (("off", "on"), ("off", "off"), ("off", "shuffled"), ("off", "truncated"), ("off", "greedy"),
         ("on", "on"), ("on", "off"), ("on", "shuffled"))
 """(guidance, thinking) of every cell; the first is the headline cell."""
-GRIDS = {"all": GRID, "headline": (HEADLINE,)}
+GRIDS = {"all": GRID, "guidance": (HEADLINE, ("on", "on")), "headline": (HEADLINE,)}
 """What `cells` of an evaluation in params/experiment.yaml may say."""
 
 

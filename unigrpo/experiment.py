@@ -55,16 +55,11 @@ class Request:
     arguments: str
 
     def arms(self) -> dict[tuple[str, int], str]:
-        """(run, seed) -> cells, every arm where it comes first.
-
-        Raises: ValueError where two sets want an arm evaluated in different cells.
-        """
+        """(run, seed) -> cells, every arm where it comes first; the most of them where several sets have it."""
         found: dict[tuple[str, int], str] = {}
         for part in self.sets:
             for arm in part.arms():
-                if found.setdefault(arm, part.cells) != part.cells:
-                    raise ValueError(f"run {arm[0]} with seed {arm[1]} is in two sets of {SETS} with different cells, "
-                                     f"{found[arm]} and {part.cells}; give them the same")
+                found[arm] = min(found.get(arm, part.cells), part.cells, key=CELLS.index)
         return found
 
 
@@ -77,7 +72,7 @@ def read_sets(root: Path, names: Sequence[str] | None = None) -> tuple[RunSet, .
     found = []
     for name, item in content.items():
         if not isinstance(item, dict) or set(item) != {"runs", "seeds", "cells"} or item["cells"] not in CELLS:
-            raise ValueError(f"{name} of {path} must hold runs, seeds and cells ({' or '.join(CELLS)}), got {item!r}")
+            raise ValueError(f"{name} of {path} must hold runs, seeds and cells (one of {list(CELLS)}), got {item!r}")
         if names is None or name in names:
             found.append(RunSet(tuple(map(str, item["runs"])), tuple(map(int, item["seeds"])), item["cells"]))
     return tuple(found)

@@ -24,7 +24,7 @@ from unigrpo.sealed import disk_full
 # Sections and keys of params that say where a stage runs: they move its numbers by rounding alone. `compute.threads` and
 # `compute.instructions` stay, because every result of a machine depends on them.
 LAYOUT = (("compute", ("processes", "sharding", "slots", "patience_minutes", "resources", "remote", "device")),
-          ("train", ("processes",)))
+          ("train", ("processes",)), ("evaluate", ("processes",)))
 STATE = Path(".unigrpo")  # every bit of pipeline state that is not a result, relative to the project's root
 
 

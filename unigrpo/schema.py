@@ -152,6 +152,7 @@ class EvaluateConfig(BenchmarkRules):
     guidance_renorm: Literal["global", "channel", "text_channel"]
     guidance_interval: tuple[Share, Share]
     batch: Positive
+    processes: Positive | None
     gallery: Count
 
 
@@ -235,11 +236,15 @@ class Config(Section):
 
     def processes(self, stage: str) -> int:
         """How many processes share a stage."""
-        return self.train.processes or self.compute.processes if stage == "train" else self.compute.processes
+        return self.own_processes(stage) or self.compute.processes
 
     def processes_key(self, stage: str) -> str:
         """The key of params that says so."""
-        return "train.processes" if stage == "train" and self.train.processes else "compute.processes"
+        return f"{stage}.processes" if self.own_processes(stage) else "compute.processes"
+
+    def own_processes(self, stage: str) -> int | None:
+        """What a stage's own section says on it, where it may."""
+        return {"train": self.train.processes, "evaluate": self.evaluate.processes}.get(stage)
 
     def check_shares(self) -> None:
         """Updates and processes take equally many whole prompt groups, micro-batches equally many rollouts."""

@@ -13,20 +13,22 @@ import ctypes
 import os
 import platform
 import resource
+import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import Timeout
 
-from unigrpo.courier import DELIVERED, DOWN, SEND, SEND_PENDING, Courier
+from unigrpo.courier import ADDRESS, DELIVERED, DOWN, JOURNAL, SEND, SEND_PENDING, Courier
 from unigrpo.digests import flatten
 from unigrpo.gallery import gallery_page
 from unigrpo.journal import PATIENCE, Journal, journal_key, open_client, send_pending, shown_uri, store_uri, turn
@@ -38,7 +40,6 @@ SEND_EVERY = 30.0      # seconds between batches while a stage runs
 RETRY_EVERY = 300.0    # seconds until a server that did not answer is asked again
 WAIT = 60.0            # seconds that a stage's end waits for a server; for the project's own SQLite file it waits till the end
 WAIT_LEAVING = 5.0     # the same where the stage was asked to leave: who asked may not wait long
-JOURNAL = "journal"    # as MLFLOW_TRACKING_URI: records stay local, for another machine to send
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
         "inputs_sha256": "inputs.sha256", "dvc_lock_sha256": "dvc.lock.sha256 at the start",
         "metaflow_pathspec": "metaflow.pathspec", "dvc_exp": "dvc.exp"}
@@ -204,34 +205,79 @@ class Tracker:
 
 
 def start_courier(root: Path) -> None:
-    """Let another process send what the next `track` of this root records. Called before a stage's imports, it has MLflow
-    loaded by the time they are done."""
+    """Let another process send what the next `track` of this root records: the one that stages share, where ADDRESS names it.
+    One of its own, called before a stage's imports, has MLflow loaded by the time they are done."""
     if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
         return
     try:
-        COURIERS[home(root)] = Courier(home(root))
+        COURIERS[home(root)] = Courier(home(root), os.environ.get(ADDRESS))
     except OSError:
         pass  # no process can be started: this one sends
 
 
 def carry(root: str) -> None:
     """A courier's own process: load MLflow and open its store while the stage works, then send whenever a line asks for it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # for the stage, whose last records are still to be sent
-        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # 1 = PR_SET_PDEATHSIG: nothing is sent for a stage that is dead
     answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not answer for us
+    deaf()
+    open_early(Path(root))
+    serve(Path(root), sys.stdin, answers)
+
+
+def carry_for_all(root: str, door: str) -> None:
+    """The process of a courier that stages share, each over a connection of its own, until standard input ends and they have.
+
+    Args:
+        root: whose store is opened before the first asks. door: number of the file descriptor of a socket that listens.
+    """
+    deaf()
+    threading.Thread(target=open_early, args=(Path(root),), daemon=True).start()
+    at_work: list[threading.Thread] = []
+    with socket.socket(fileno=int(door)) as listening:
+        while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [])[0]) or listening in ready:
+            connection, _ = listening.accept()
+            at_work.append(threading.Thread(target=serve_connection, args=(connection,)))
+            at_work[-1].start()
+    for thread in at_work:
+        thread.join()
+
+
+def serve_connection(connection: socket.socket) -> None:
+    """One stage's requests, which begin with its project's root. Nothing more is sent for a stage that is gone."""
+
+    class Gone(threading.Event):
+        def is_set(self) -> bool:
+            """Whether the other side has hung up. It sends nothing while it waits for an answer."""
+            with contextlib.suppress(OSError):
+                return bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1, socket.MSG_PEEK)
+            return True
+
+    with contextlib.suppress(OSError), connection, connection.makefile("r") as requests, connection.makefile("w") as answers:
+        serve(Path(requests.readline().rstrip("\n")), requests, answers, Gone())
+
+
+def deaf() -> None:
+    """Signals are for the stage, whose last records are still to be sent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")
-    try:
-        client = open_client(Path(root))
-    except Exception:  # tried again, and told, when there is something to send
-        client = None
+
+
+def open_early(root: Path) -> None:
+    """Have MLflow loaded and the store made before somebody waits for it."""
+    with contextlib.suppress(Exception):  # tried again, and told, when there is something to send
+        open_client(root)
+
+
+def serve(root: Path, requests: Iterable[str], answers: IO[str], gone: threading.Event | None = None) -> None:
+    """Send the records that requests name, and answer each; `gone`: no request is to be begun any more."""
     trackers: dict[str, Tracker] = {}
-    for line in sys.stdin:
+    for line in requests:
         request, key = line.split()
         if key not in trackers:
-            trackers[key] = Tracker(Journal(Path(root), key))
-            trackers[key].client = client
+            trackers[key] = Tracker(Journal(root, key))
+            trackers[key].stopping = gone or trackers[key].stopping
         trackers[key].send(pending=request == SEND_PENDING)
         print(DOWN if trackers[key].down else DELIVERED, file=answers, flush=True)
 

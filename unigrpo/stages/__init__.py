@@ -22,7 +22,7 @@ from typing import Any
 STAGES = ("curate", "base", "sft", "train", "evaluate", "report")
 SHARED = ("base", "sft", "train", "evaluate")  # stages that compute.processes share
 REPORTS = ("main", "experiments")
-CELLS = ("all", "headline")  # of the grid of guidance and thinking in which a checkpoint is evaluated
+CELLS = ("all", "guidance", "headline")  # of the grid in which a checkpoint is evaluated, the most first
 EXPERIMENT = Path("params/experiment.yaml")
 SETS = Path("params/sets.yaml")
 MAIN_RUN = "unigrpo/0"  # the checkpoint that the main report is about, beside base and sft
@@ -35,7 +35,7 @@ class Job:
     Args:
         stage: one of STAGES. name: its item in dvc.yaml. scale: a file of params/scales/.
         run, seed: of the RL run, for train. checkpoint: the folder below artifacts/<scale>/, for evaluate.
-        cells: in which it is evaluated, all or headline. report: main or experiments.
+        cells: in which it is evaluated, one of CELLS. report: main or experiments.
         inputs: what the stage reads, relative to the project's root.
     """
 

@@ -57,7 +57,8 @@ def run(scale: str, *, checkpoint: str, cells: str = "all", root: Path = Path(".
                  inputs=(prompts, f"{folder}/checkpoint"), root=root, provenance=provenance) as stage:
         stage.tracker.set_tags({"evaluate.cells": cells})
         if cells != "all":
-            print(f"{stage.name}: cells {cells}, so no controls, no guidance and no understanding", file=sys.stderr, flush=True)
+            without = "no controls, no guidance" if cells == "headline" else "no controls"
+            print(f"{stage.name}: cells {cells}, so {without} and no understanding", file=sys.stderr, flush=True)
             stage.config = stage.config.model_copy(update={"evaluate": stage.config.evaluate.model_copy(update={
                 "cells": GRIDS[cells]})})
         settings = stage.config.evaluate
