@@ -101,7 +101,7 @@ def check_remote(config: Config, *stages: str) -> None:
     remote, where = config.compute.remote, backend()
     if where == "local":
         return
-    for stage in set(stages) & set(SHARED):
+    for stage in (stage for stage in SHARED if stage in stages):
         surroundings.per_node(config.processes(stage), remote.nodes, config.processes_key(stage))
     if where == "rehearsal":
         return

@@ -12,9 +12,9 @@ import pytest
 from flow_scripts import ROOT, load
 
 from unigrpo import tracking
-from unigrpo.config import load_config
+from unigrpo.config import Config, load_config
 from unigrpo.digests import sha256_path
-from unigrpo.stages import parse_name
+from unigrpo.stages import SHARED, parse_name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,6 +269,20 @@ def test_the_command_that_starts_a_stage(processes, nodes, wanted):
     assert " ".join(line) == wanted.format(python=sys.executable)
     with pytest.raises(ValueError, match=r"multiple of compute.remote.nodes=3.*\[6, 9\]"):
         command("train", "x", processes=8, nodes=3)
+
+
+def test_processes_that_the_machines_cannot_share_are_refused_before_anything_starts(monkeypatch, capsys, tmp_path):
+    """Of the stage that is asked for, under the key that says so; a stage with numbers of its own hinders no other."""
+    launch = load(ROOT / "flows" / "launch.py")
+    values = load_config("smoke", root=ROOT).model_dump()
+    values["compute"]["processes"] = values["compute"]["remote"]["nodes"] = 2
+    values["evaluate"]["processes"] = 1
+    config = Config(**values)
+    monkeypatch.setenv("UNIGRPO_BACKEND", "rehearsal")
+    launch.check_remote(config, "train")
+    for stages in (("evaluate",), SHARED):
+        with pytest.raises(ValueError, match=r"evaluate\.processes=1 must be a multiple of compute\.remote\.nodes=2.*values are \[2\]"):
+            launch.check_remote(config, *stages)
 
 
 def test_files_that_params_name_travel(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from small import ROOT, small_config, small_prompts
 
 from unigrpo.distributed import ALONE, Deserted, Place, World, join
 from unigrpo.schema import Config
+from unigrpo.stages import SHARED
 from unigrpo.update import own_prompts
 
 
@@ -100,6 +101,17 @@ def test_sizes_that_cannot_be_shared_are_refused_with_the_nearest_valid_ones() -
     values["rollout"]["prompts_per_step"], values["train"]["micro_batch"] = 6, 2
     with pytest.raises(ValueError, match=r"base.texts_per_step=8 must be a multiple of compute.processes=3.*\[6, 9\]"):
         Config(**values)
+
+
+def test_a_stage_s_own_number_of_processes_counts_before_that_of_all() -> None:
+    values = small_config().model_dump()
+    values["compute"]["processes"] = 2
+    assert [Config(**values).processes(stage) for stage in SHARED] == [2, 2, 2, 2]
+    values["train"]["processes"], values["evaluate"]["processes"] = 1, 4
+    config = Config(**values)
+    assert [config.processes(stage) for stage in SHARED] == [2, 2, 1, 4]
+    assert [config.processes_key(stage) for stage in SHARED] == ["compute.processes", "compute.processes", "train.processes",
+                                                                 "evaluate.processes"]
 
 
 def test_another_number_of_processes_than_params_ask_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

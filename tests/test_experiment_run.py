@@ -101,6 +101,21 @@ def test_the_headline_cell_alone(project, monkeypatch, capsys):
     assert {sample["cell"] for sample in json.loads((folder / "samples" / "samples.json").read_text())} == {"on"}
 
 
+def test_the_cells_without_and_with_guidance(project, monkeypatch, capsys):
+    """What they share with the whole grid is the same; it has no controls."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    folder = project / "artifacts" / "smoke" / "sft"
+    whole = evaluate("smoke", checkpoint="sft", root=project)
+    both = read_outcomes(folder / "outcomes.csv")
+    found = evaluate("smoke", checkpoint="sft", cells="guidance", root=project)
+    assert "cells guidance, so no controls and no understanding" in capsys.readouterr().err
+    assert {name: value for name, value in whole.items() if name in found} == found
+    assert any("/cfg_on" in name for name in found)
+    outcomes = read_outcomes(folder / "outcomes.csv")
+    assert outcomes.equals(both[both["thinking"] == "on"].reset_index(drop=True))
+    assert thinking_effects(outcomes, lambda first, second: {}) == {}
+
+
 def test_cells_of_an_evaluation(project):
     assert tuple(GRIDS) == CELLS
     config = small_config()
@@ -114,7 +129,7 @@ def test_cells_of_an_evaluation(project):
     content["evaluations"]["tiny-sft"]["cells"] = "some"
     path.write_text(yaml.safe_dump(content))
     assert parse_name("evaluate", "tiny-short-10", project).arguments["cells"] == "all"
-    with pytest.raises(ValueError, match=r"tiny-sft.cells must be one of \['all', 'headline'\]"):
+    with pytest.raises(ValueError, match=r"tiny-sft.cells must be one of \['all', 'guidance', 'headline'\]"):
         parse_name("evaluate", "tiny-sft", project)
 
 
@@ -133,7 +148,8 @@ def test_arms_of_a_scale():
     assert arms[0].stages == ("train@tiny-unigrpo-0", "evaluate@tiny-unigrpo-0")
     assert [arm.name for arm in arms[-2:]] == ["tiny-base", "tiny-sft"]
     work = {arm.name: arm.work for arm in arms}
-    assert work["tiny-unigrpo-0"] == 4 * work["tiny-short-10"]
+    assert [work[f"tiny-{name}"] for name in ("unigrpo-0", "cfg_rollout-0", "text_only-0", "short-10", "sft")] == pytest.approx(
+        [1.2, 1.06, 1.05, 0.3, 0.2])
     with pytest.raises(ValueError, match="lists no training of scale small"):
         list_arms(ROOT, "small")
 

@@ -98,6 +98,6 @@ def test_where_a_stage_runs_is_no_part_of_its_resume_folder_s_name(start: Path) 
                                                 for name, value in values.items()}, [])
 
     assert key(compute={"processes": 8, "sharding": "full", "slots": 1, "device": "cuda", "resources": {}, "remote": {}},
-               train={"processes": 8}) == key()
+               train={"processes": 8}, evaluate={"processes": 8}) == key()
     assert key(compute={"threads": 2}) != key()
     assert key(train={"micro_batch": 1}) != key()

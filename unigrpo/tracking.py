@@ -235,7 +235,7 @@ def carry_for_all(root: str, door: str) -> None:
     threading.Thread(target=open_early, args=(Path(root),), daemon=True).start()
     at_work: list[threading.Thread] = []
     with socket.socket(fileno=int(door)) as listening:
-        while sys.stdin not in (ready := select.select([listening, sys.stdin], [], [])[0]) or listening in ready:
+        while listening in select.select([listening, sys.stdin], [], [])[0]:  # else standard input has ended, and nobody waits
             connection, _ = listening.accept()
             at_work.append(threading.Thread(target=serve_connection, args=(connection,)))
             at_work[-1].start()
