@@ -12,7 +12,7 @@ import pytest
 import yaml
 from small import ROOT, small_config, small_policy, small_prompts
 
-from unigrpo.arms import Arm, explain, list_arms, note_failures, run_arms
+from unigrpo.arms import Arm, explain, last_stage, list_arms, note_failures, run_arms
 from unigrpo.evaluate import GRID, GRIDS, grid_images
 from unigrpo.evaluation.controls import read_understanding, thinking_effects
 from unigrpo.evaluation.outcomes import read_outcomes
@@ -185,6 +185,17 @@ def test_arms_run_in_pairs_and_a_failure_stops_no_other(tmp_path):
     assert "5 of 5 arms" in said[-1]
     assert said[-1].endswith("2 failed, about 0:00 left")
     assert "no room for train@a1" in explain(tmp_path, failed)
+
+
+@pytest.mark.parametrize(("said", "stage"), [
+    ("", "train@a"),
+    ("Running stage 'train@a':\n> python flows/launch.py train a\nERROR: failed to reproduce 'train@a': failed to run", "train@a"),
+    ("Running stage 'train@a':\n\nRunning stage 'evaluate@a':\n> python", "evaluate@a"),
+    ("Stage 'train@a' didn't change, skipping\nERROR: failed to reproduce 'evaluate@a': missing data 'source'", "evaluate@a"),
+])
+def test_the_stage_that_failed_is_the_one_dvc_named_last(tmp_path, said, stage):
+    (tmp_path / "log").write_text(said)
+    assert last_stage(Arm("a", ("train@a", "evaluate@a"), 1.0), tmp_path / "log") == stage
 
 
 def test_an_interrupted_experiment_leaves_nothing_running(tmp_path):

@@ -29,7 +29,7 @@ FAILURE = "failed.json"
 # scale tiny: 7 minutes of one core a training, 88, 24 and 20 seconds an evaluation.
 EVALUATION = {"all": 0.2, "guidance": 0.06, "headline": 0.05}
 TAIL = 5  # lines of a failed stage's output that are shown
-STARTED = re.compile(r"^Running stage '([^']+)'", re.MULTILINE)  # DVC's words
+NAMED = re.compile(r"^(?:Running stage|ERROR: failed to reproduce) '([^']+)'", re.MULTILINE)  # DVC's words
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def command_of(arm: Arm) -> list[str]:
 
 
 def last_stage(arm: Arm, log: Path) -> str:
-    """The stage of an arm that was started last, by what DVC said; its first where none was."""
-    started = STARTED.findall(log.read_text(encoding="utf-8", errors="replace"))
-    return str(started[-1]) if started else arm.stages[0]
+    """The stage of an arm that DVC named last, as it started or refused it; its first where it named none."""
+    named = NAMED.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return str(named[-1]) if named else arm.stages[0]
 
 
 def run_arms(root: Path, arms: Sequence[Arm], slots: int, *, say: Callable[[str], None] = print,
