@@ -189,7 +189,7 @@ def test_arms_run_in_pairs_and_a_failure_stops_no_other(tmp_path):
 
 @pytest.mark.parametrize(("said", "stage"), [
     ("", "train@a"),
-    ("Running stage 'train@a':\n> python flows/launch.py train a\nERROR: failed to reproduce 'train@a': failed to run", "train@a"),
+    ("Running stage 'train@a':\n> python\nERROR: failed to reproduce 'train@a': failed to run", "train@a"),
     ("Running stage 'train@a':\n\nRunning stage 'evaluate@a':\n> python", "evaluate@a"),
     ("Stage 'train@a' didn't change, skipping\nERROR: failed to reproduce 'evaluate@a': missing data 'source'", "evaluate@a"),
 ])
