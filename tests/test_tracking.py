@@ -21,7 +21,8 @@ from bad_servers import WAYS, bad_server
 from filelock import FileLock
 
 from unigrpo import tracking
-from unigrpo.courier import ADDRESS, shared_courier
+from unigrpo.courier import ADDRESS, Courier, shared_courier
+from unigrpo.courier import start as start_process
 from unigrpo.journal import Journal, experiment_id, open_client, prepare_store, replaced
 from unigrpo.tracking import track
 
@@ -279,6 +280,19 @@ print("mlflow" in sys.modules, tracker.down)
 """
 
 
+@pytest.fixture
+def started(monkeypatch) -> list[subprocess.Popen[str]]:
+    """The processes that send, in the order of their start."""
+    found: list[subprocess.Popen[str]] = []
+
+    def noted(*arguments, **options):
+        found.append(start_process(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr("unigrpo.courier.start", noted)
+    return found
+
+
 def sharing(root: Path, name: str, what: str, address: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", SHARING, str(root), name, what], cwd=ROOT, text=True, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, env={**os.environ, ADDRESS: address})
@@ -303,20 +317,36 @@ def test_stages_share_one_that_sends(tmp_path):
         *finished, ("train/y", "KILLED"), ("train/z", "FINISHED")]
 
 
-def test_where_the_shared_one_dies_a_stage_sends_itself_and_the_next_starts_its_own(tmp_path, monkeypatch):
+def test_where_the_shared_one_dies_a_stage_sends_itself_and_the_next_starts_its_own(tmp_path, monkeypatch, started):
     with shared_courier(tmp_path) as address:
         stage = sharing(tmp_path, "x", "courier dies", address)
         assert stage.stdout.readline() == "now\n"
-        courier, = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline")
-                    if b"carry_for_all" in path.read_bytes() and str(tmp_path).encode() in path.read_bytes()]
-        os.kill(courier, signal.SIGKILL)
+        started[0].kill()
         assert stage.communicate("\n")[0].split() == ["True", "False"]
         assert rows(tmp_path, "select name, status from runs") == [("train/x", "FINISHED")]
-        monkeypatch.setenv(ADDRESS, f"{address}-gone")
+        monkeypatch.setenv(ADDRESS, address)
         tracking.start_courier(tmp_path)
         with track("train", "z", CONFIG, {}, tmp_path) as tracker:
             assert tracker.courier.process.poll() is None
     assert rows(tmp_path, "select count(*) from runs where status = 'FINISHED'") == [(2,)]
+
+
+def test_who_waits_at_the_door_of_the_shared_one_hears_of_its_death(tmp_path, started):
+    """It dies before it lets anyone in: a stage that is at the door does not wait for ever, one that comes later neither."""
+    with shared_courier(tmp_path) as address:
+        started[0].send_signal(signal.SIGSTOP)
+        waiting = Courier(tmp_path, address)
+        waiting.ask("send", "x")
+        assert waiting.process is None
+        assert waiting.answer(0.2) is None
+        started[0].kill()
+        with pytest.raises(OSError):
+            waiting.answer(60.0)
+        waiting.end()
+        late = Courier(tmp_path, address)
+        assert late.process is started[1]
+        started[1].kill()
+        late.end()
 
 
 def test_no_request_is_begun_for_a_stage_that_has_gone(tmp_path, monkeypatch):
@@ -324,6 +354,7 @@ def test_no_request_is_begun_for_a_stage_that_has_gone(tmp_path, monkeypatch):
     here, there = socket.socketpair()
     monkeypatch.setattr("unigrpo.journal.experiment_id", lambda *given: here.close() or experiment_id(*given))
     with track("train", "x", CONFIG, {}, tmp_path) as tracker:
+        there.settimeout(60)
         here.sendall(f"{tmp_path}\nsend {tracker.journal.key}\n".encode())
         tracking.serve_connection(there)
         assert rows(tmp_path, "select status from runs") == [("RUNNING",)]

@@ -115,13 +115,15 @@ def shared_courier(root: Path) -> Iterator[str | None]:
     if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL or not hasattr(socket, "AF_UNIX"):
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="unigrpo-") as folder, socket.socket(socket.AF_UNIX) as door:
+    with tempfile.TemporaryDirectory(prefix="unigrpo-") as folder:
         address = os.path.join(folder, "courier")
         process = None
-        with suppress(OSError):
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as door:
             door.bind(address)
-            door.listen(64)  # stages that come while it loads MLflow wait here
+            door.listen(64)  # stages that come while it starts wait here
             process = start("carry_for_all", str(root), str(door.fileno()), inherits=(door.fileno(),))
+        # The door is the courier's alone from here on: held open by this process too, it would let stages in after the
+        # courier's death, to wait for ever.
         try:
             yield address if process is not None else None
         finally:

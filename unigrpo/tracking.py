@@ -232,19 +232,21 @@ def carry_for_all(root: str, door: str) -> None:
         root: whose store is opened before the first asks. door: number of the file descriptor of a socket that listens.
     """
     deaf()
-    threading.Thread(target=open_early, args=(Path(root),), daemon=True).start()
+    opening = threading.Thread(target=open_early, args=(Path(root),), daemon=True)
+    opening.start()
     at_work: list[threading.Thread] = []
     with socket.socket(fileno=int(door)) as listening:
         while listening in select.select([listening, sys.stdin], [], [])[0]:  # else standard input has ended, and nobody waits
             connection, _ = listening.accept()
-            at_work.append(threading.Thread(target=serve_connection, args=(connection,)))
+            at_work.append(threading.Thread(target=serve_connection, args=(connection, opening)))
             at_work[-1].start()
     for thread in at_work:
         thread.join()
 
 
-def serve_connection(connection: socket.socket) -> None:
-    """One stage's requests, which begin with its project's root. Nothing more is sent for a stage that is gone."""
+def serve_connection(connection: socket.socket, opening: threading.Thread | None = None) -> None:
+    """One stage's requests, which begin with its project's root. Nothing more is sent for a stage that is gone. `opening`
+    loads MLflow and is waited for: of several threads that import it at once, one can meet it half loaded."""
 
     class Gone(threading.Event):
         def is_set(self) -> bool:
@@ -254,7 +256,10 @@ def serve_connection(connection: socket.socket) -> None:
             return True
 
     with contextlib.suppress(OSError), connection, connection.makefile("r") as requests, connection.makefile("w") as answers:
-        serve(Path(requests.readline().rstrip("\n")), requests, answers, Gone())
+        root = Path(requests.readline().rstrip("\n"))
+        if opening is not None:
+            opening.join()
+        serve(root, requests, answers, Gone())
 
 
 def deaf() -> None:
