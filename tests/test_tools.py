@@ -44,6 +44,8 @@ def ready(tmp_path_factory) -> Path:
             for i, (run, kind) in enumerate(KINDS.items())}
     path = folder / "params" / "runs.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | runs, sort_keys=False))
+    path = folder / "params" / "base.yaml"
+    path.write_text(path.read_text().replace("slots: 2 ", f"slots: {len(ARMS)} "))
     run_in(folder, "python", "-m", "unigrpo", "experiment", "write", "--scale", "smoke", "--run", *runs, "--seed", "0")
     commit(folder, "twelve arms")
     run_in(folder, "dvc", "repro", "sft@smoke")
@@ -59,8 +61,7 @@ def together(ready) -> Path:
     folder = ready.parent / "together"
     shutil.copytree(ready, folder, symlinks=True)
     start = time.monotonic()
-    done = run_in(folder, "python", "-m", "unigrpo", "experiment", "run", "--scale", "smoke", "--jobs", "12", "--only", *ARMS,
-                  check=False)
+    done = run_in(folder, "python", "-m", "unigrpo", "experiment", "run", "--scale", "smoke", "--only", *ARMS, check=False)
     print(f"twelve arms at once: {time.monotonic() - start:.0f} s")
     said = done.stdout + "".join((folder / ".unigrpo" / "experiments" / f"{arm}.log").read_text() for arm in ARMS)
     assert done.returncode == 0, said
