@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -196,6 +200,28 @@ def test_arms_run_in_pairs_and_a_failure_stops_no_other(tmp_path):
 def test_the_stage_that_failed_is_the_one_dvc_named_last(tmp_path, said, stage):
     (tmp_path / "log").write_text(said)
     assert last_stage(Arm("a", ("train@a", "evaluate@a"), 1.0), tmp_path / "log") == stage
+
+
+def test_a_runner_that_is_asked_to_end_ends_its_arms(tmp_path):
+    script = textwrap.dedent("""
+        import sys
+        from argparse import Namespace
+        from pathlib import Path
+        from unigrpo import arms, cli
+        sleep = "import os, pathlib, time; pathlib.Path(str(os.getpid())).touch(); time.sleep(60)"
+        arms.run_experiments = lambda root, *given, **named: len(arms.run_arms(
+            Path.cwd(), [arms.Arm(name, (name,), 1.0) for name in "ab"], 2, command=lambda arm: [sys.executable, "-c", sleep]))
+        cli.project_root = Path.cwd
+        cli.arms_command(Namespace(scale="smoke", jobs=None, only=None, show=False))
+    """)
+    runner = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while len(arms := [int(path.name) for path in tmp_path.glob("[0-9]*")]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    runner.terminate()
+    assert runner.wait(60) == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{arm}").exists() for arm in arms)
 
 
 def test_an_interrupted_experiment_leaves_nothing_running(tmp_path):

@@ -363,6 +363,52 @@ def test_no_request_is_begun_for_a_stage_that_has_gone(tmp_path, monkeypatch):
     assert rows(tmp_path, "select count(*) from params") == [(3,)]
 
 
+def test_a_stage_that_left_a_request_unread_has_hung_up():
+    here, there = socket.socketpair()
+    with there:
+        assert not tracking.hung_up(there)
+        here.sendall(b"send x\n")
+        assert not tracking.hung_up(there)
+        here.close()
+        assert tracking.hung_up(there)
+    assert tracking.hung_up(there)
+
+
+def test_a_shared_courier_does_not_outlive_its_stages_for_a_server_that_never_ends(tmp_path, monkeypatch, started):
+    """It is loading the store when its stage and then its runner go."""
+    monkeypatch.setattr("unigrpo.courier.LEAVE", 60.0)  # the runner's patience is not what ends it
+    with bad_server("drips") as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with shared_courier(tmp_path) as door:
+            stage = Courier(tmp_path, door)
+            stage.ask("send", "x")
+            stage.requests.close()
+            stage.answers.close()
+        assert started[0].returncode in (0, 1)
+
+
+def test_a_project_whose_path_is_no_utf8(tmp_path):
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/pr\xe9j"))
+    root.mkdir()
+    with shared_courier(root) as address:
+        stage = Courier(root, address)
+        assert stage.process is None
+        assert stage.deliver("send", "x", 60.0) is not None
+        stage.end()
+
+
+def test_what_one_is_sending_no_other_tells(tmp_path, monkeypatch):
+    """A late request of a stage that is gone: its run is told by one of the two, then by whoever comes next."""
+    with track("train", "x", CONFIG, {}, tmp_path) as tracker:
+        monkeypatch.setattr(tracker, "finish", lambda seconds: None)
+    with tracker.journal.sending(0), track("train", "y", CONFIG, {}, tmp_path):
+        pass
+    assert rows(tmp_path, "select name from runs") == [("train/y",)]
+    with track("train", "z", CONFIG, {}, tmp_path):
+        pass
+    assert rows(tmp_path, "select name, status from runs order by name") == [(f"train/{name}", "FINISHED") for name in "xyz"]
+
+
 def test_a_database_that_was_half_made_is_made_again(tmp_path, monkeypatch):
     """A kill between MLflow's migrations: what it has left would never become a database."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -39,8 +39,11 @@ def names_command(args: argparse.Namespace) -> int:
 
 def arms_command(args: argparse.Namespace) -> int:
     """Bring every arm up to date, some at a time."""
+    import signal
+
     from unigrpo.arms import run_experiments
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as after Ctrl-C, no arm is left running
     return 1 if run_experiments(project_root(), args.scale, args.jobs, args.only, show=args.show) else 0
 
 

@@ -36,6 +36,12 @@ def start(function: str, *arguments: str, inherits: Sequence[int] = (), answers:
                             stdout=answers, pass_fds=inherits)
 
 
+def files(line: socket.socket) -> tuple[IO[str], IO[str]]:
+    """What is told and what is heard on a connection; a path that is no UTF-8 passes."""
+    return line.makefile("w", encoding="utf-8", errors="surrogateescape"), line.makefile("r", encoding="utf-8",
+                                                                                        errors="surrogateescape")
+
+
 class Courier:
     """The stage's side. Raises OSError where the process cannot start or is gone, which a tracker treats as one that is down.
 
@@ -52,7 +58,7 @@ class Courier:
         if address:
             with suppress(OSError), socket.socket(socket.AF_UNIX) as line:
                 line.connect(address)
-                self.requests, self.answers = line.makefile("w"), line.makefile("r")
+                self.requests, self.answers = files(line)
                 self.tell(str(root))
                 return
         self.process = start("carry", str(root), answers=subprocess.PIPE)

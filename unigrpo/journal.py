@@ -143,6 +143,11 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path.with_suffix(".lock"))
 
+    def sending(self, patience: float) -> FileLock:
+        """Held by whoever sends: a request of a stage that is gone can still be on its way when another wants to tell its run.
+        Raises Timeout after `patience` seconds."""
+        return FileLock(self.path.with_suffix(".sending"), timeout=patience)
+
     def append(self, kind: str, **values: Any) -> None:
         """One record, on disk before this returns."""
         line = json.dumps({"kind": kind, "time": round(time.time() * 1000), **values})
@@ -281,7 +286,7 @@ def send_pending(root: Path, client: Any, *, without: str = "", stop: Callable[[
         if path.stem == without or (state["closed"] and state["lines"] >= len(journal.records())):
             continue
         try:
-            with journal.lock.acquire(timeout=0):
+            with journal.lock.acquire(timeout=0), journal.sending(0):
                 journal.send(client, abandoned=True, stop=stop)
         except Timeout:
             continue

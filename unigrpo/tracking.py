@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from filelock import Timeout
 
-from unigrpo.courier import ADDRESS, DELIVERED, DOWN, JOURNAL, SEND, SEND_PENDING, Courier
+from unigrpo.courier import ADDRESS, DELIVERED, DOWN, JOURNAL, LEAVE, SEND, SEND_PENDING, Courier, files
 from unigrpo.digests import flatten
 from unigrpo.gallery import gallery_page
 from unigrpo.journal import PATIENCE, Journal, journal_key, open_client, send_pending, shown_uri, store_uri, turn
@@ -38,7 +38,8 @@ from unigrpo.sealed import sync
 
 SEND_EVERY = 30.0      # seconds between batches while a stage runs
 RETRY_EVERY = 300.0    # seconds until a server that did not answer is asked again
-WAIT = 60.0            # seconds that a stage's end waits for a server; for the project's own SQLite file it waits till the end
+WAIT = 60.0            # seconds that a stage's end waits for a server
+WAIT_FILE = 2 * PATIENCE  # and for the project's own SQLite file, whose writers take turns
 WAIT_LEAVING = 5.0     # the same where the stage was asked to leave: who asked may not wait long
 TAGS = {"dvc_stage": "dvc.stage", "git_commit": "git.commit", "git_dirty": "git.dirty", "params_sha256": "params.sha256",
         "inputs_sha256": "inputs.sha256", "dvc_lock_sha256": "dvc.lock.sha256 at the start",
@@ -135,12 +136,13 @@ class Tracker:
             self.thread.start()
 
     def finish(self, seconds: float) -> None:
-        """Send everything, and what earlier stages could not; wait for a server so long at most, for a file till the end."""
+        """Send everything, and what earlier stages could not; wait for a server so long at most, for a file until whoever
+        writes to it must have ended."""
         if os.environ.get("MLFLOW_TRACKING_URI") == JOURNAL:
             return
-        limit = None if store_uri(self.journal.root).startswith("sqlite:") else seconds
+        limit = WAIT_FILE if store_uri(self.journal.root).startswith("sqlite:") else seconds
         if not (self.delivered(limit) if self.courier is not None else self.joined(limit)):
-            print(f"tracking: MLflow at {shown_uri(self.journal.root)} has not taken everything within {seconds:g} s; the rest "
+            print(f"tracking: MLflow at {shown_uri(self.journal.root)} has not taken everything within {limit:g} s; the rest "
                   f"stays in {self.journal.path} and is sent by the next stage that finds it up", file=sys.stderr, flush=True)
 
     def delivered(self, limit: float | None) -> bool:
@@ -188,8 +190,10 @@ class Tracker:
         try:
             if self.client is None:
                 self.client = open_client(root)
-            with turn(root, PATIENCE if pending else 0):
-                self.journal.send(self.client, stop=self.stopping.is_set)
+            patience = PATIENCE if pending else 0
+            with turn(root, patience):
+                with self.journal.sending(patience):
+                    self.journal.send(self.client, stop=self.stopping.is_set)
                 if pending:
                     send_pending(root, self.client, without=self.journal.key, stop=self.stopping.is_set)
             self.down = False
@@ -234,14 +238,19 @@ def carry_for_all(root: str, door: str) -> None:
     deaf()
     opening = threading.Thread(target=open_early, args=(Path(root),), daemon=True)
     opening.start()
-    at_work: list[threading.Thread] = []
+    at_work: dict[socket.socket, threading.Thread] = {}
     with socket.socket(fileno=int(door)) as listening:
         while listening in select.select([listening, sys.stdin], [], [])[0]:  # else standard input has ended, and nobody waits
             connection, _ = listening.accept()
-            at_work.append(threading.Thread(target=serve_connection, args=(connection, opening)))
-            at_work[-1].start()
-    for thread in at_work:
-        thread.join()
+            at_work[connection] = threading.Thread(target=serve_connection, args=(connection, opening), daemon=True)
+            at_work[connection].start()
+    while any(thread.is_alive() and not hung_up(connection) for connection, thread in at_work.items()):
+        time.sleep(0.1)
+    end = time.monotonic() + LEAVE  # for requests on their way; a server that never ends one must not keep this process
+    for thread in at_work.values():
+        thread.join(max(0.0, end - time.monotonic()))
+    if any(thread.is_alive() for thread in at_work.values()):
+        os._exit(1)
 
 
 def serve_connection(connection: socket.socket, opening: threading.Thread | None = None) -> None:
@@ -250,16 +259,25 @@ def serve_connection(connection: socket.socket, opening: threading.Thread | None
 
     class Gone(threading.Event):
         def is_set(self) -> bool:
-            """Whether the other side has hung up. It sends nothing while it waits for an answer."""
-            with contextlib.suppress(OSError):
-                return bool(select.select([connection], [], [], 0)[0]) and not connection.recv(1, socket.MSG_PEEK)
-            return True
+            """Whether the other side has hung up."""
+            return hung_up(connection)
 
-    with contextlib.suppress(OSError), connection, connection.makefile("r") as requests, connection.makefile("w") as answers:
+    answers, requests = files(connection)
+    with contextlib.suppress(OSError), connection, requests, answers:
         root = Path(requests.readline().rstrip("\n"))
         if opening is not None:
             opening.join()
         serve(root, requests, answers, Gone())
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the stage at the other side has gone, also where it has left a request that nobody has read."""
+    with contextlib.suppress(OSError, ValueError):
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        happened = poll.poll(0)
+        return bool(happened) and (bool(happened[0][1] & select.POLLHUP) or not connection.recv(1, socket.MSG_PEEK))
+    return True
 
 
 def deaf() -> None:
