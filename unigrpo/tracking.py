@@ -145,7 +145,7 @@ class Tracker:
             print(f"tracking: MLflow at {shown_uri(self.journal.root)} has not taken everything within {limit:g} s; the rest "
                   f"stays in {self.journal.path} and is sent by the next stage that finds it up", file=sys.stderr, flush=True)
 
-    def delivered(self, limit: float | None) -> bool:
+    def delivered(self, limit: float) -> bool:
         """Let the courier send everything. Returns False if the time was not enough for it; a courier that is gone is
         replaced by a thread."""
         assert self.courier is not None
@@ -158,17 +158,17 @@ class Tracker:
         self.dismiss()
         return answer is not None
 
-    def joined(self, limit: float | None) -> bool:
+    def joined(self, limit: float) -> bool:
         """Let a thread send everything. Returns False if the time was not enough for it; it stops after its request then."""
         with contextlib.suppress(ImportError):
             import mlflow  # noqa: F401  seconds that are no server's
-        end = None if limit is None else time.monotonic() + limit
+        end = time.monotonic() + limit
         late = False
         for pending in (False, True):  # what is on its way, and then the rest
             if pending and not late:
                 self.send_beside(pending=True)
             if self.thread is not None:
-                self.thread.join(None if end is None else max(0.0, end - time.monotonic()))
+                self.thread.join(max(0.0, end - time.monotonic()))
                 late = self.thread.is_alive()
         if late:
             self.stopping.set()
